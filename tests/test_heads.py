@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-import unmask.models.heads as heads
+import unmask.models.outputs as heads
 from tests.helpers import fake_rollouts, gradients, tiny_policy
 from unmask.corruption import draw_uniform_count
-from unmask.models.heads import summarise_hidden, summarise_logits
+from unmask.models.outputs import summarise_hidden, summarise_logits
 from unmask.noise import Noise
 from unmask.scoring import score_copies
 
@@ -25,7 +25,7 @@ def head_inputs(num_rows: int = 13, vocab: int = 17, width: int = 6) -> tuple[Te
 @pytest.mark.parametrize("rows_per_chunk", [1, 4, 13, 100])
 def test_chunks_equal_the_plain_head(monkeypatch, rows_per_chunk, trained):
     hidden, weight, targets = head_inputs()
-    monkeypatch.setattr(heads, "_CHUNK_NUMBERS", rows_per_chunk * len(weight))
+    monkeypatch.setattr(heads, "CHUNK_NUMBERS", rows_per_chunk * len(weight))
     leaves = [x.requires_grad_() for name, x in (("hidden", hidden), ("weight", weight)) if name in trained]
     plain = summarise_logits(hidden @ weight.T, targets, ("logp", "entropy"), 2)
     chunked = summarise_hidden(hidden, weight, targets, ("logp", "entropy"), 2)
@@ -46,7 +46,7 @@ def test_chunks_equal_the_plain_head(monkeypatch, rows_per_chunk, trained):
 @pytest.mark.parametrize("trained", [("hidden", "weight"), ("hidden",), ("weight",)], ids=str)
 def test_chunks_pass_gradcheck(monkeypatch, trained):
     hidden, weight, targets = head_inputs(num_rows=5, vocab=7, width=3)
-    monkeypatch.setattr(heads, "_CHUNK_NUMBERS", 2 * len(weight))
+    monkeypatch.setattr(heads, "CHUNK_NUMBERS", 2 * len(weight))
     leaves = [x.requires_grad_() for name, x in (("hidden", hidden), ("weight", weight)) if name in trained]
 
     def logp(*leaves: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def test_chunks_pass_gradcheck(monkeypatch, trained):
 
 def test_a_masked_target_has_no_probability_and_gives_no_gradient_to_its_column(monkeypatch):
     hidden, weight, targets = head_inputs()
-    monkeypatch.setattr(heads, "_CHUNK_NUMBERS", 4 * len(weight))
+    monkeypatch.setattr(heads, "CHUNK_NUMBERS", 4 * len(weight))
     targets[5] = 2
     weight.requires_grad_()
     logp = summarise_hidden(hidden, weight, targets, ("logp",), 2).logp
@@ -71,7 +71,7 @@ def test_chunks_in_half_precision_add_up_in_float32(monkeypatch):
     hidden, weight, targets = head_inputs(num_rows=1000)
     # all push the same row of the weight the same way; a bfloat16 sum would stand still after a few hundred
     hidden, weight, targets = hidden.abs().bfloat16(), weight.bfloat16(), torch.full_like(targets, 3)
-    monkeypatch.setattr(heads, "_CHUNK_NUMBERS", len(weight))  # one row each: 1000 sums
+    monkeypatch.setattr(heads, "CHUNK_NUMBERS", len(weight))  # one row each: 1000 sums
     weight.requires_grad_()
     chunked = summarise_hidden(hidden, weight, targets, ("logp", "entropy"), 2)
     plain = summarise_logits(hidden @ weight.T, targets, ("logp", "entropy"), 2)
@@ -102,7 +102,7 @@ def test_a_model_scores_the_same_in_chunks(monkeypatch):
     masks = draw_uniform_count(rollouts, 2, coupled=True, noise=Noise(0))
     found = {}
     for limit in (1 << 24, 60):
-        monkeypatch.setattr(heads, "_CHUNK_NUMBERS", limit)
+        monkeypatch.setattr(heads, "CHUNK_NUMBERS", limit)
         policy = tiny_policy()
         scores = score_copies(policy, rollouts, masks, torch.arange(24), entropy=True)
         scores.logps.square().sum().backward()
@@ -112,7 +112,7 @@ def test_a_model_scores_the_same_in_chunks(monkeypatch):
 
 
 def test_a_head_that_is_no_bare_matrix_is_called_as_a_module(monkeypatch):
-    monkeypatch.setattr(heads, "_CHUNK_NUMBERS", 1)
+    monkeypatch.setattr(heads, "CHUNK_NUMBERS", 1)
     policy = tiny_policy()
     calls = []
     policy.module.lm_head.register_forward_hook(lambda *_: calls.append(1))

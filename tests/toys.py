@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from unmask.models.heads import summarise_logits
+from unmask.models.outputs import summarise_logits
 from unmask.types import TokenOutput
 
 
