@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Real task data for tests, when a sibling checkout provides it; tests that need it skip otherwise.
 export UNMASK_DATA ?= $(if $(wildcard ../shared/data),$(abspath ../shared/data),)
 
-.PHONY: setup demo test test-all lint clean
+.PHONY: setup demo test test-all test-oldest lint clean
 setup: $(VENV)/.ready
 
 # A torch that the chosen Python already has (a CUDA build, say) is used as it is.
@@ -26,8 +26,19 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4
 
-test-all: setup
+test-all: setup test-oldest
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not gpu'
+
+# The model families on the oldest transformers that pyproject.toml allows, laid over the packages of the environment.
+OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)
+
+test-oldest: $(VENV)/oldest-$(OLDEST)/.ready
+	@PYTHONPATH=$(abspath $(<D)) $(BIN)/python -c 'import transformers; v = transformers.__version__; print("transformers", v); assert v.startswith("$(OLDEST).")'
+	@PYTHONPATH=$(abspath $(<D)) $(BIN)/python -m pytest tests/test_families.py
+
+$(VENV)/oldest-$(OLDEST)/.ready: | setup
+	@rm -rf $(@D) && $(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(@D) transformers==$(OLDEST).0
+	@touch $@
 
 lint: setup
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

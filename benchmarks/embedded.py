@@ -18,9 +18,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from accelerate import Accelerator
 
+from unmask.bases import reference_policy
 from unmask.build import train_recipe
 from unmask.config import read_recipe
-from unmask.launch import base_policy, frozen_copy, open_source
+from unmask.launch import base_policy, open_source
 from unmask.noise import Noise
 from unmask.run_log import SilentView
 from unmask.trainer import Trainer
@@ -38,7 +39,7 @@ def main() -> None:
     source = open_source(recipe)
     trainer = Trainer(
         policy,
-        frozen_copy(policy),
+        reference_policy(policy),
         source,
         recipe.algorithm.value,
         recipe.trainer,

@@ -8,10 +8,12 @@ same law with different noise. One deviation: the published code may write the m
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import full_size
 import torch
 from common import (
     Geometry,
@@ -165,6 +167,55 @@ def compare(
     return Comparison([greedy, drawn], [greedy_reference, single, double], same, share)
 
 
+class _Enough(Exception):
+    """Ends a sampler early."""
+
+
+def sample_steps(policy: MaskedPolicy, prompts: PromptBatch, geometry: Geometry, num_steps: int) -> None:
+    """The first denoising steps, at temperature 0."""
+    left = num_steps
+
+    def count_down(_: Tensor) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise _Enough
+
+    sampler = LowConfidence(geometry.tokens, geometry.block, geometry.steps)
+    try:
+        sampler.sample(policy, prompts, noise=Noise(seed=0), on_step=count_down)
+    except _Enough:
+        return
+    assert num_steps == geometry.steps, "the sampler took fewer steps than it was asked for"
+
+
+def full_size_report(name: str, *, seed: int, repeats: int) -> str:
+    """Markdown: seconds, tokens/s, peak and share of the ceiling by batch size.
+
+    One block is run and stands for all: every block passes the whole canvas through the layers, and its open positions
+    through the head, equally often.
+    """
+    shape, device = full_size.SHAPES[name], full_size.shape_device(name)
+    geometry = shape.geometry
+    num_blocks = geometry.tokens // geometry.block
+    num_steps = geometry.steps // num_blocks
+    labels = ("batch", "steps measured")
+    rows = [[str(batch), f"first {num_steps} of {geometry.steps}, extrapolated"] for batch in shape.sampler_batches]
+    if device is None:
+        return f"{full_size.heading(name, None, None)}\n\n{full_size.table(labels, rows)}"
+    ceiling = full_size.matmul_ceiling(shape, device)
+    policy = full_size.build_policy(shape, device, seed=seed)
+    length = geometry.prompt + geometry.tokens
+    open_slots = sum(range(geometry.block, 0, -geometry.block // num_steps))  # of one row, over the steps of a block
+    for row, batch in zip(rows, shape.sampler_batches, strict=True):
+        prompts = random_prompts(dataclasses.replace(geometry, batch=batch), seed=seed, device=device)
+        run = partial(sample_steps, policy, prompts, geometry, num_steps)
+        measured = full_size.measure(run, device, repeats=repeats)
+        flops = full_size.Work(batch * length * num_steps, length, batch * open_slots).forward(policy.module)
+        row += full_size.cells(measured, batch * geometry.tokens, flops, ceiling, scale=num_blocks)
+    return f"{full_size.heading(name, device, ceiling)}\n\n{full_size.table(labels, rows)}"
+
+
 def random_prompts(geometry: Geometry, *, seed: int, device: torch.device) -> PromptBatch:
     ids = random_text(geometry, geometry.batch, geometry.prompt, seed=seed + 1, device=device)
     row = torch.arange(geometry.batch, device=device)
@@ -192,6 +243,7 @@ def report(result: Comparison, geometry: Geometry) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = geometry_parser(__doc__.splitlines()[0])
+    full_size.add_options(parser)
     parser.add_argument("--temperature", type=float, default=0.9, help="of the second comparison")
     parser.add_argument("--reference-steps", type=int, default=None, help="published sampler at 0: default all")
     parser.add_argument("--sampled-reference-steps", type=int, default=None, help="and above 0: default all")
@@ -201,15 +253,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     geometry, device = geometry_of(options), device_of(options)
-    result = compare(
-        geometry,
-        device=device,
-        seed=options.seed,
-        temperature=options.temperature,
-        greedy_steps=options.reference_steps or geometry.steps,
-        sampled_steps=options.sampled_reference_steps or geometry.steps,
-    )
-    print(f"{machine(device)}\n\n{geometry}\n\n{report(result, geometry)}")
+    if options.section != "shape":
+        result = compare(
+            geometry,
+            device=device,
+            seed=options.seed,
+            temperature=options.temperature,
+            greedy_steps=options.reference_steps or geometry.steps,
+            sampled_steps=options.sampled_reference_steps or geometry.steps,
+        )
+        print(f"{machine(device)}\n\n{geometry}\n\n{report(result, geometry)}\n")
+    if options.section != "comparison":
+        print(full_size_report(options.shape, seed=options.seed, repeats=options.shape_repeats))
 
 
 if __name__ == "__main__":

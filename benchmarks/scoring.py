@@ -8,6 +8,8 @@ objective; they differ in how policy log-probabilities are computed. Loss and gr
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import importlib.util
 import json
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
+import full_size
 import torch
 from common import (
     Geometry,
@@ -31,7 +34,10 @@ from common import (
 )
 from torch import Tensor
 
+from unmask.errors import ConfigError
 from unmask.models import MaskedPolicy
+from unmask.models.adapters import LoraConfig, wrap
+from unmask.models.cross_entropy import CROSS_ENTROPIES, check_cross_entropy
 from unmask.noise import Noise
 from unmask.objectives.espo import ESPO
 from unmask.scoring import score, score_copies
@@ -208,12 +214,12 @@ def peak_bytes(problem: Problem, scorer: Scorer) -> int:
         update(problem, scorer)
         return torch.cuda.max_memory_allocated(device) - before
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     update(problem, scorer)
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
-def _status_bytes(key: str) -> int:
+def status_bytes(key: str) -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
 
@@ -247,8 +253,85 @@ def report(result: Comparison, peaks: dict[str, int]) -> str:
     return f"{markdown_table(head, rows)}\n\n{facts}"
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One row of the second section."""
+
+    has_backward: bool
+    is_checkpointed: bool
+    cross_entropy: str
+
+    def labels(self, weights: str) -> list[str]:
+        checkpointed = ("on" if self.is_checkpointed else "off") if self.has_backward else "-"
+        direction = "forward and backward" if self.has_backward else "forward, no gradient"
+        return [direction, weights, checkpointed, self.cross_entropy]
+
+
+def passes(ways: list[str]) -> list[Pass]:
+    """Checkpointing last: it stays on."""
+    kinds = ((False, False), (True, False), (True, True))
+    return [Pass(backward, checkpointed, way) for backward, checkpointed in kinds for way in ways]
+
+
+def full_size_report(name: str, *, seed: int, repeats: int) -> str:
+    """Markdown: one micro-batch of masked copies, half of each completion scored, by every way this machine has.
+
+    Tokens are all positions of the copies. Trained are adapters on all seven projections, or all weights without peft.
+    """
+    shape, device = full_size.SHAPES[name], full_size.shape_device(name)
+    labels = ("pass", "trained", "checkpointing", "cross-entropy")
+    has_peft = importlib.util.find_spec("peft") is not None
+    weights = f"LoRA, rank {shape.lora_rank}" if has_peft else "all weights"
+    if device is None:
+        rows = [row.labels(weights) for row in passes(list(CROSS_ENTROPIES))]
+        return f"{full_size.heading(name, None, None)}\n\n{full_size.table(labels, rows)}"
+    ceiling = full_size.matmul_ceiling(shape, device)
+    policy = full_size.build_policy(shape, device, seed=seed)
+    base = policy.module
+    if has_peft:
+        policy = MaskedPolicy(wrap(base, LoraConfig(rank=shape.lora_rank), seed=seed), tokenizer=None)
+    geometry = dataclasses.replace(shape.geometry, batch=shape.copies // 2)
+    rollouts = random_rollouts(geometry, seed=seed, device=device)
+    corruption = half_masks(rollouts, 2, seed=seed)
+    length = geometry.prompt + geometry.tokens
+    work = full_size.Work(shape.copies * length, length, int(corruption.scored.sum()))
+    ways, missing = ways_here()
+    rows = []
+    for row in passes(ways):
+        base.cross_entropy = row.cross_entropy  # type: ignore[assignment]
+        if row.is_checkpointed:
+            policy.enable_gradient_checkpointing()
+        run = partial(one_pass, policy, rollouts, corruption, has_backward=row.has_backward)
+        measured = full_size.measure(run, device, repeats=repeats)
+        policy.module.zero_grad()
+        flops = (work.with_backward if row.has_backward else work.forward)(policy.module)
+        rows.append([*row.labels(weights), *full_size.cells(measured, work.positions, flops, ceiling)])
+    return "\n\n".join([full_size.heading(name, device, ceiling), full_size.table(labels, rows), *missing])
+
+
+def one_pass(policy: MaskedPolicy, rollouts: Rollouts, corruption: Corruption, *, has_backward: bool) -> None:
+    policy.module.zero_grad()
+    with torch.set_grad_enabled(has_backward):
+        logps = selected_scores(policy, rollouts, corruption)
+    if has_backward:
+        logps.sum().backward()
+
+
+def ways_here() -> tuple[list[str], list[str]]:
+    """Names of the cross-entropies that can run on this machine, and why the others cannot."""
+    names, missing = [], []
+    for name in CROSS_ENTROPIES:
+        try:
+            check_cross_entropy(name)
+            names.append(name)
+        except ConfigError as error:
+            missing.append(f"Not measured: {error}")
+    return names, missing
+
+
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = geometry_parser(__doc__.splitlines()[0])
+    full_size.add_options(parser)
     parser.add_argument("--copies", type=int, default=2, help="masked copies per rollout, even")
     parser.add_argument("--repeats", type=int, default=3, help="timed updates of each variant")
     parser.add_argument("--peak-of", choices=list(VARIANTS), help="only print the peak memory of one variant, as JSON")
@@ -258,13 +341,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     geometry, device = geometry_of(options), device_of(options)
-    problem = build_problem(geometry, copies=options.copies, seed=options.seed, device=device)
-    if options.peak_of:
-        print(json.dumps({"bytes": peak_bytes(problem, VARIANTS[options.peak_of])}))
-        return
-    result = compare(problem, repeats=options.repeats)
-    peaks = {name: peak_in_fresh_process(name, geometry, options) for name in VARIANTS}
-    print(f"{machine(device)}\n\n{geometry}, {options.copies} copies\n\n{report(result, peaks)}")
+    if options.section != "shape" or options.peak_of:
+        problem = build_problem(geometry, copies=options.copies, seed=options.seed, device=device)
+        if options.peak_of:
+            print(json.dumps({"bytes": peak_bytes(problem, VARIANTS[options.peak_of])}))
+            return
+        result = compare(problem, repeats=options.repeats)
+        peaks = {name: peak_in_fresh_process(name, geometry, options) for name in VARIANTS}
+        print(f"{machine(device)}\n\n{geometry}, {options.copies} copies\n\n{report(result, peaks)}\n")
+        del problem
+    if options.section != "comparison":
+        print(full_size_report(options.shape, seed=options.seed, repeats=options.shape_repeats))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""The published sampler of LLaDA (arXiv:2502.09992) without any of our shortcuts: slow, plain, one row at a time."""
+"""The published samplers of LLaDA (arXiv:2502.09992), Dream (arXiv:2508.15487) and SDAR (arXiv:2510.06303) without any
+of our shortcuts: slow, plain, one row at a time."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from unmask.types import Policy
+from unmask.types import NoiseLike, Policy, PromptBatch
 
 
 def reference_low_confidence(
@@ -61,3 +64,139 @@ def _candidates(logits: Tensor, temperature: float, dtype: torch.dtype, generato
         return logits.argmax(dim=-1)
     uniforms = torch.rand(logits.shape, dtype=dtype, generator=generator)
     return (logits.to(dtype) - temperature * torch.log(-torch.log(uniforms))).argmax(dim=-1)
+
+
+def reference_dream(
+    policy: Policy,
+    prompts: PromptBatch,
+    gen_length: int,
+    num_steps: int,
+    *,
+    noise: NoiseLike,
+    alg: str = "entropy",
+    temperature: float = 0.0,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    alg_temp: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # (B, L) ids, (B, L) step in which each was fixed
+    """The published rules for one row after the other, masked positions found by their id, one distribution at a time;
+    the uniforms are those of our noise."""
+    times = torch.linspace(1, 1e-3, num_steps + 1)
+    finished, fixed_at = [], []
+    for row in range(len(prompts)):
+        canvas = prompts.prompt_ids[row].tolist() + [policy.mask_token_id] * gen_length
+        seen = torch.cat([prompts.prompt_mask[row], torch.ones(gen_length, dtype=torch.bool)])[None]
+        start, steps = len(canvas) - gen_length, [-1] * gen_length
+
+        def uniform(stream: str, step: int, place: int, row: int = row, start: int = start) -> float:
+            coordinates = (prompts.prompt_key[row], prompts.rollout_index[row], step, place - start)
+            return float(noise.stream(stream).uniform(*coordinates))
+
+        for step in range(num_steps):
+            ids = torch.tensor([canvas])
+            logits = policy.token_outputs(ids, seen, torch.ones_like(seen), want=("logits",)).logits
+            masked = [place for place, token in enumerate(canvas) if token == policy.mask_token_id]
+            share = 1 - times[step + 1] / times[step] if step < num_steps - 1 else torch.tensor(1.0)
+            laws = {place: _cut_law(logits[place], temperature, top_p, top_k) for place in masked}
+            drawn = {
+                place: _invert_law(law, uniform("token", step, place)) if temperature > 0 else int(law.argmax())
+                for place, law in laws.items()
+            }
+            if alg == "origin":
+                chosen = [place for place in masked if uniform("position", step, place) < float(share)]
+            else:
+                score = {place: _dream_confidence(law, drawn[place], alg) for place, law in laws.items()}
+                number = int(torch.tensor(float(len(masked))) * share)
+                if alg_temp > 0:  # one after the other without replacement, as a race of exponential clocks
+                    rate = torch.softmax(torch.tensor(list(score.values()), dtype=torch.float64) / alg_temp, 0)
+                    clocks = [
+                        -math.log(uniform("position", step, p)) / float(r) for p, r in zip(score, rate, strict=True)
+                    ]
+                    score = {place: -clock for place, clock in zip(score, clocks, strict=True)}
+                chosen = sorted(score, key=lambda place, score=score: -score[place])[:number]
+            for place in chosen:
+                canvas[place], steps[place - start] = drawn[place], step
+        finished.append(canvas[start:])
+        fixed_at.append(steps)
+    return torch.tensor(finished), torch.tensor(fixed_at)
+
+
+def _cut_law(logits: Tensor, temperature: float, top_p: float | None, top_k: int | None) -> Tensor:
+    """(V,) probabilities of one position after temperature, top-p and top-k."""
+    values = (logits / temperature if temperature > 0 else logits).tolist()
+    by_size = sorted(range(len(values)), key=lambda token: -values[token])
+    kept = by_size
+    if top_p is not None:
+        law, total, kept = torch.softmax(torch.tensor(values, dtype=torch.float64), 0), 0.0, []
+        for token in by_size:
+            if total > top_p:
+                break
+            kept.append(token)
+            total += float(law[token])
+    if top_k is not None:
+        kept = kept[:top_k]
+    cut = torch.full((len(values),), float("-inf"), dtype=torch.float64)
+    cut[kept] = torch.tensor(values, dtype=torch.float64)[kept]
+    return torch.softmax(cut, 0)
+
+
+def _invert_law(law: Tensor, u: float) -> int:
+    """The first token whose cumulative probability is above u."""
+    total = 0.0
+    for token, probability in enumerate(law.tolist()):
+        total += probability
+        if total > u:
+            return token
+    raise AssertionError("rounding past the end")
+
+
+def _dream_confidence(law: Tensor, token: int, alg: str) -> float:
+    if alg == "maskgit_plus":
+        return float(law[token])
+    if alg == "topk_margin":
+        first, second = sorted(law.tolist(), reverse=True)[:2]
+        return first - second
+    return sum(p * math.log(p + 1e-10) for p in law.tolist())
+
+
+def reference_block_diffusion(
+    policy: Policy,
+    prompts: PromptBatch,
+    gen_length: int,
+    steps_per_block: int,
+    *,
+    threshold: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, L) ids, (B, L) step in which each was fixed, (B,) steps
+    """Greedy block diffusion of one unpadded row after the other, each forward over the whole text so far.
+
+    `steps_per_block` is that of a whole block; the model's block size must be a multiple of it.
+    """
+    size, finished, fixed_at, num_steps = policy.block_size, [], [], []
+    assert size is not None and size % steps_per_block == 0
+    for row in range(len(prompts)):
+        prompt = prompts.prompt_ids[row][prompts.prompt_mask[row]].tolist()
+        text, steps, step = list(prompt), {}, 0
+        while len(text) < len(prompt) + gen_length:
+            text.append(policy.mask_token_id)
+            if len(text) % size and len(text) < len(prompt) + gen_length:
+                continue
+            masked = [place for place, token in enumerate(text) if token == policy.mask_token_id]
+            num_left = math.ceil(len(masked) * steps_per_block / size)
+            shares = [len(masked) // num_left + (i < len(masked) % num_left) for i in range(num_left)]
+            for share in shares:
+                ids = torch.tensor([text])
+                logits = policy.token_outputs(ids, None, torch.ones_like(ids, dtype=torch.bool)).logits
+                law = torch.softmax(logits.detach(), -1)
+                sureness = {place: float(law[place].max()) for place in masked}
+                by_sureness = sorted(masked, key=lambda place, sureness=sureness: -sureness[place])
+                above = [place for place in by_sureness if threshold is not None and sureness[place] > threshold]
+                for place in by_sureness[: max(share, len(above))]:
+                    text[place], steps[place] = int(law[place].argmax()), step
+                    masked.remove(place)
+                step += 1
+                if not masked:
+                    break
+        finished.append(text[len(prompt) :])
+        fixed_at.append([steps[place] for place in range(len(prompt), len(text))])
+        num_steps.append(step)
+    return torch.tensor(finished), torch.tensor(fixed_at), torch.tensor(num_steps)

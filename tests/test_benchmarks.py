@@ -10,6 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from unmask.models import chunked_head
+from unmask.models.cross_entropy import CROSS_ENTROPIES
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZES = {
@@ -19,9 +23,21 @@ SIZES = {
 CPU = torch.device("cpu")
 
 
+SHAPE = ["--shape=tiny", "--shape-repeats=1"]
 REPORTS = {
-    "sampler": (["--reference-steps=3"], ["first 3, extrapolated", "float64 noise", "12 of 16 tokens compared"]),
-    "scoring": (["--repeats=1"], ["| full logits |", "peak, MiB", "gradients by at most"]),
+    "sampler": (
+        ["--reference-steps=3", *SHAPE],
+        ["first 3, extrapolated", "float64 noise", "12 of 16 tokens compared", "| 2 | first 2 of 4, extrapolated |"],
+    ),
+    "scoring": (
+        ["--repeats=1", *SHAPE],
+        [
+            "| full logits |",
+            "peak, MiB",
+            "gradients by at most",
+            "| forward and backward | LoRA, rank 4 | on | chunked |",
+        ],
+    ),
 }
 
 
@@ -29,7 +45,7 @@ REPORTS = {
 def benchmark(monkeypatch):
     """Imports a benchmark as its own directory sees it; puts back the number of threads that it sets."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("common", "sampler", "scoring"):
+    for name in ("common", "full_size", "sampler", "scoring", "cross_entropy"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     threads = torch.get_num_threads()
     yield importlib.import_module
@@ -70,6 +86,86 @@ def test_a_benchmark_runs_as_a_script(name):
 def check_report(name: str, text: str) -> None:
     for part in ["1 thread(s)", f"`python benchmarks/{name}.py", *REPORTS[name][1]]:
         assert part in text
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_without_an_accelerator_the_full_size_is_not_measured(benchmark, monkeypatch, capsys, name):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    benchmark(name).main(["--section=shape"])
+    text = capsys.readouterr().out
+    assert "not measured (no accelerator)" in text and "llada-8b" in text
+    rows = [line for line in text.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == {"sampler": 3, "scoring": 3 * len(CROSS_ENTROPIES)}[name]
+    assert all(row.endswith("| not measured | not measured | not measured | not measured |") for row in rows)
+
+
+def test_the_full_size_section_uses_every_way_and_checkpoints(benchmark, monkeypatch):
+    """The rows differ in what they do, not in their labels alone."""
+    scoring = benchmark("scoring")
+    monkeypatch.setattr(chunked_head, "CHUNK_NUMBERS", 60)
+    used, checkpointed = [], []
+    plain = CROSS_ENTROPIES["plain"]
+    monkeypatch.setitem(CROSS_ENTROPIES, "plain", lambda *args: used.append("plain") or plain(*args))
+    one_pass = scoring.one_pass
+
+    def watched(policy: object, *args: object, has_backward: bool) -> None:
+        layers = policy.module.get_base_model().model.layers
+        checkpointed.append(any(layer.gradient_checkpointing for layer in layers))
+        one_pass(policy, *args, has_backward=has_backward)
+        slopes = [p.grad is not None for p in policy.module.parameters() if p.requires_grad]
+        assert all(slopes) if has_backward else not any(slopes)
+
+    monkeypatch.setattr(scoring, "one_pass", watched)
+    monkeypatch.setattr(scoring, "ways_here", lambda: (["chunked", "plain"], []))
+    text = scoring.full_size_report("tiny", seed=0, repeats=1)
+    assert used == ["plain"] * 6  # three kinds of pass, a warm-up and a timed run each
+    assert checkpointed == [False] * 8 + [True] * 4
+    assert "out of memory" not in text and "nan" not in text
+
+
+@pytest.mark.parametrize("trained", ["all weights", "adapters"])
+def test_flops_are_those_that_torch_counts(benchmark, trained):
+    """Hand-written formulas against torch's counter of the products that really happen."""
+    full_size, scoring = benchmark("full_size"), benchmark("scoring")
+    shape = full_size.SHAPES["tiny"]
+    policy = full_size.build_policy(shape, CPU, seed=0)
+    policy.module.set_attn_implementation("eager")  # the counter does not know every fused attention
+    if trained == "adapters":
+        config = scoring.LoraConfig(rank=shape.lora_rank)
+        policy = scoring.MaskedPolicy(scoring.wrap(policy.module, config, seed=0), tokenizer=None)
+    canvas = torch.arange(26).view(2, 13) + 8
+    positions = canvas % 2 == 0  # 13 of them
+    work = full_size.Work(positions=26, length=13, scored=13)
+    with FlopCounterMode(display=False) as forward:
+        logp = policy.token_outputs(canvas, None, positions, targets=canvas[positions], want=("logp",)).logp
+    with FlopCounterMode(display=False) as backward:
+        logp.sum().backward()
+    assert forward.get_total_flops() == work.forward(policy.module)
+    both, formula = forward.get_total_flops() + backward.get_total_flops(), work.with_backward(policy.module)
+    # with a frozen base nothing flows below the first of two layers' adapters: its q, k, v and A products are saved
+    assert both == formula if trained == "all weights" else 0.94 * formula < both < formula
+
+
+def test_a_device_too_small_gives_a_row_without_numbers(benchmark):
+    full_size = benchmark("full_size")
+
+    def too_large() -> None:
+        raise torch.OutOfMemoryError
+
+    measured = full_size.measure(too_large, CPU, repeats=1)
+    assert measured is None and full_size.cells(measured, 1, 1.0, 1.0) == ["out of memory"] * 4
+    # 2 s for one of 4 parts: 100 tokens in 8 s; 6 FLOP in the part's 2 s are half of 6 FLOP/s
+    known = full_size.cells(full_size.Measured(2.0, 1.25), 100, 6.0, 6.0, scale=4)
+    assert known == ["8", "12", "1.2", "50.0%"]
+
+
+def test_the_cross_entropy_table_has_a_row_for_each_way_and_head(benchmark, capsys):
+    script = benchmark("cross_entropy")
+    script.main(["--rows=20", "--width=8", "--vocab=97", "--repeats=1"])
+    text = capsys.readouterr().out
+    for head in ("frozen", "trained"):
+        for name in ("chunked", "plain"):
+            assert f"| {head} | {name} |" in text
 
 
 def test_another_sampler_is_not_mistaken_for_the_published_one(benchmark):

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -19,13 +20,15 @@ from tests.test_resume import train_tables
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def launch(processes: int, started: Path, args: list[str]) -> subprocess.CompletedProcess:
+DDP = ["--config_file", str(ROOT / "recipes" / "accelerate" / "ddp.yaml")]
+
+
+def launch(processes: int, started: Path, args: list[str], config: Sequence[str] = DDP) -> subprocess.CompletedProcess:
     """The command on some processes, through accelerate."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_machines", "1"]
-    command += ["--multi_gpu"] if processes > 1 else []  # accelerate's word for several workers, also on CPU
-    command += ["--num_processes", str(processes), "--mixed_precision", "no", "--dynamo_backend", "no"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *config, "--num_processes", str(processes)]
     command += ["--main_process_port", "0", "-m", "tests.distributed_run", str(started), *args]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    # no GPU, where there is one: gloo is what is tested, and bytes are compared with runs on CPU
+    env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import unmask.models.outputs as heads
+import unmask.models.chunked_head as heads
 from tests.helpers import fake_rollouts, gradients, tiny_policy
 from unmask.corruption import draw_uniform_count
 from unmask.models.outputs import summarise_hidden, summarise_logits

@@ -15,15 +15,16 @@ SOURCE = Path(__file__).parents[1] / "src" / "unmask"
 ROWS = (
     ("__main__",),
     ("cli",),
-    ("api", "plan"),
+    ("api", "plan", "merging"),
     ("launch",),
+    ("bases",),
     ("build", "run_log", "self_check"),
     ("trainer",),
     ("evaluation", "report", "doctor", "detectors"),
-    ("rollout", "runs", "checkpoint", "demonstrations", "ranks"),
-    ("objectives", "scoring", "samplers"),
+    ("rollout", "runs", "checkpoint", "demonstrations"),
+    ("objectives", "scoring", "samplers", "sharding"),
     ("corruption", "likelihood", "advantages", "models", "tasks"),
-    ("noise",),  # tasks draw their puzzles with it
+    ("noise", "ranks"),  # tasks draw their puzzles with noise
     ("config",),
     ("types", "optional", "places", "isolation", "files"),
     ("errors",),

@@ -358,6 +358,16 @@ def config(**changes) -> Callable[[Path], None]:
     return lambda model: change_json(model / "config.json", **changes)
 
 
+def without_token(name: str) -> Callable[[Path], None]:
+    """Neither config.json nor the tokenizer knows a special token; one of them would do."""
+
+    def do(model: Path) -> None:
+        change_json(model / "config.json", **{f"{name}_token_id": None})
+        change_json(model / "tokenizer_config.json", **{f"{name}_token": None})
+
+    return do
+
+
 MODELS: dict[str, Damage] = {
     "no directory": Damage(shutil.rmtree, "no config.json there"),
     "a file": Damage(lambda m: (shutil.rmtree(m), m.write_text("x")), "no config.json there"),
@@ -382,9 +392,8 @@ MODELS: dict[str, Damage] = {
     "another width": Damage(config(hidden_size=32), "weights do not fit config.json"),
     "another vocabulary": Damage(config(vocab_size=7), "weights do not fit config.json"),
     "mask token beyond the vocabulary": Damage(config(mask_token_id=999), "mask_token_id = 999"),
-    "no mask token": Damage(config(mask_token_id=None), "mask_token_id = None"),
-    "no stop token": Damage(config(eos_token_id=None), "eos_token_id = None"),
-    "no pad token": Damage(config(pad_token_id=None), "pad_token_id = None"),
+    "no mask token": Damage(without_token("mask"), "mask_token_id = None"),
+    "no stop token": Damage(without_token("eos"), "eos_token_id = None"),
     "no weights": Damage(lambda m: (m / "model.safetensors").unlink(), "no *.safetensors file"),
     "empty weights": Damage(lambda m: (m / "model.safetensors").write_bytes(b""), "cannot be loaded"),
     "truncated weights": Damage(lambda m: os.truncate(m / "model.safetensors", 5000), "cannot be loaded"),

@@ -327,7 +327,10 @@ BROKEN = {
     "config is no JSON": (lambda path: (path / "config.json").write_text("{"), "not a JSON object"),
     "config is a list": (lambda path: (path / "config.json").write_text("[]"), "not a JSON object"),
     "config is not UTF-8": (lambda path: (path / "config.json").write_bytes(b"\xff{}"), "not a JSON object"),
-    "other model type": (set_config(model_type="llama"), "model_type = 'llama' is unknown. Known: unmask_tiny"),
+    "other model type": (
+        set_config(model_type="llama"),
+        "model_type = 'llama' is unknown. Known: Dream, llada, llada2_moe",
+    ),
     "model type is a list": (set_config(model_type=["llama"]), "is unknown"),
     "no model type": (set_config(model_type=None), "model_type = None is unknown"),
     "other width": (set_config(hidden_size=32, intermediate_size=64), "weights do not fit|cannot be loaded"),

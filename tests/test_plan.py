@@ -18,8 +18,9 @@ from unmask.cli import main
 from unmask.config import dump_toml
 from unmask.launch import Evaluator, cached_base, run_recipe
 from unmask.models import MaskedPolicy
+from unmask.models.block import SDARConfig, SDARForMaskedLM
 from unmask.noise import Noise
-from unmask.plan import Measurement, Plan, count_passes, plan_run, plan_text, sampling, size
+from unmask.plan import Measurement, Plan, count_passes, plan_run, plan_text, rehearse, sampling, size
 from unmask.rollout import GroupSource
 from unmask.run_log import SilentView
 from unmask.samplers import SAMPLERS
@@ -157,13 +158,37 @@ def test_supervised_training_makes_the_planned_passes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_sampling_passes_are_the_samplers_own_count(name):
-    policy = tiny_policy()
+    policy = block_causal_policy() if name == "block_diffusion" else tiny_policy()
     fields = SAMPLERS[name].__dataclass_fields__
     for steps in [{}, {"num_steps": 3}] if "num_steps" in fields else [{}]:
         sampler = SAMPLERS[name](gen_length=6, **steps)
-        ids, mask = policy.encode_prompts(["12|", "34|"], 6)
-        samples = sampler.sample(policy, PromptBatch(ids, mask, torch.arange(2), torch.arange(2)), noise=Noise(0))
-        assert sampling("", "", sampler, 2, 1, 1).sequences == int(samples.nfe.sum())
+        ids = torch.tensor([[3], [4]])
+        prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.arange(2), torch.arange(2))
+        samples = sampler.sample(policy, prompts, noise=Noise(0))
+        assert sampling("", "", sampler, 2, 1, 1, policy.block_size).sequences == int(samples.nfe.sum())
+
+
+def block_causal_policy() -> MaskedPolicy:
+    config = SDARConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, block_size=4, mask_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    return MaskedPolicy(SDARForMaskedLM(config), None)
+
+
+def test_a_rehearsed_sampler_asks_what_the_real_one_asks():
+    """Two blocks of three slots, one token a step: three, two and one open slots in each; canvases of 2 + 6 tokens."""
+    heard = rehearse(SAMPLERS["low_confidence"](gen_length=6, block_length=3), prompt_tokens=2)
+    assert (heard.forwards, heard.tokens, heard.wanted, heard.most_wanted) == (6, 48, 12, 3)
+    assert (heard.most_tokens, heard.pairs, heard.cached) == (8, 6 * 64, 0)
+
+
+def test_a_rehearsed_cache_holds_all_but_what_is_open():
+    """Blocks of two: the prompt fills one, the completion two; each finished block is read once more for the cache."""
+    heard = rehearse(SAMPLERS["block_diffusion"](gen_length=4), prompt_tokens=2, block_size=2)
+    # 2+2 tokens, then the open block alone; the finished one; the next block, twice
+    assert (heard.forwards, heard.tokens, heard.wanted) == (5, 4 + 2 + 2 + 2 + 2, 6)
+    assert (heard.most_tokens, heard.cached) == (4, 6)
 
 
 # ---- sizes, FLOPs, hours

@@ -63,7 +63,8 @@ def sft_tables(**trainer) -> dict:
 def final_state(run: Path) -> dict[str, torch.Tensor]:
     """Weights and optimiser state of the last checkpoint, and the weights in model/."""
     newest = load_file(list_checkpoints(run / "checkpoints")[-1] / "tensors.safetensors")
-    return newest | {f"final.{k}": v for k, v in load_file(run / "model" / "model.safetensors").items()}
+    (final,) = (run / "model").glob("*.safetensors")  # the model's, or the adapter's
+    return newest | {f"final.{k}": v for k, v in load_file(final).items()}
 
 
 def assert_same_run(run: Path, expected: Path) -> None:
@@ -91,10 +92,14 @@ class StopAt(StopRequest):
         return 0
 
 
-@pytest.mark.parametrize("kind", ["espo", "diffu_grpo", "sft"])
+@pytest.mark.parametrize("kind", ["espo", "diffu_grpo", "sft", "adapters"])
 def test_stopping_at_every_phase_boundary_changes_no_byte(kind, model, tmp_path, monkeypatch):
     if kind == "sft":
         recipe, launch = sft_recipe(sft_tables(), tmp_path), run_recipe
+    elif kind == "adapters":
+        tables = train_tables(model, "espo")
+        tables["model"] |= {"lora": {"rank": 4, "alpha": 8.0}, "gradient_checkpointing": True}
+        recipe, launch = train_recipe(tables, tmp_path), run_recipe
     else:
         recipe, launch = train_recipe(train_tables(model, kind), tmp_path), run_recipe
     launch(recipe, tmp_path / "whole", SilentView())

@@ -19,8 +19,8 @@ from tests.helpers import (
     sudoku_source,
     tiny_policy,
 )
+from unmask.bases import frozen_copy
 from unmask.errors import RewardError, TrainingError
-from unmask.launch import frozen_copy
 from unmask.objectives import ALGORITHMS
 from unmask.objectives.espo import ESPO
 from unmask.objectives.sft import SFT

@@ -27,6 +27,7 @@ class TabularPolicy(nn.Module):
         self.mask_token_id, self.pad_token_id = vocab, 0
         self.stop_token_ids: tuple[int, ...] = ()
         self.max_length = 10_000
+        self.block_size: int | None = None
 
     @property
     def device(self) -> torch.device:

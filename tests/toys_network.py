@@ -1,4 +1,4 @@
-"""A small bidirectional transformer for tests of samplers: real attention, real padding, float64."""
+"""Small transformers for tests of samplers, bidirectional and block-causal: real attention, padding, cache; float64."""
 
 from __future__ import annotations
 
@@ -32,18 +32,27 @@ class ToyTransformer(nn.Module):
         self.mask_token_id, self.pad_token_id = vocab - 1, 0
         self.stop_token_ids: tuple[int, ...] = ()
         self.max_length = max_length
+        self.block_size: int | None = None
 
     @property
     def device(self) -> torch.device:
         return self.head.device
 
-    def forward(self, canvas: Tensor, attention_mask: Tensor | None) -> Tensor:
+    def forward(self, canvas: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
         """Logits (b, T, V)."""
         seen = torch.ones_like(canvas, dtype=torch.bool) if attention_mask is None else attention_mask
-        x = self.tokens[canvas] + self.places[(seen.cumsum(-1) - 1).clamp_min(0)]
-        for qkv, (across, up) in zip(self.qkv, self.mix, strict=True):
+        cache = cache if cache is not None else self.new_cache()
+        place = (seen.cumsum(-1) - 1 + len(cache)).clamp_min(0)
+        x = self.tokens[canvas] + self.places[place]
+        hidden = ~seen[:, None]  # (b, 1 or T, keys), what a query must not see
+        if self.block_size is not None:
+            block = place // self.block_size
+            hidden = hidden | (block[:, :, None] < block[:, None, :])
+        hidden = nn.functional.pad(hidden, (len(cache), 0))
+        for layer, (qkv, (across, up)) in enumerate(zip(self.qkv, self.mix, strict=True)):
             q, k, v = (nn.functional.layer_norm(x, x.shape[-1:]) @ qkv).chunk(3, dim=-1)
-            scores = (q @ k.transpose(-1, -2) / x.shape[-1] ** 0.5).masked_fill(~seen[:, None], float("-inf"))
+            k, v = cache.add(layer, k, v)
+            scores = (q @ k.transpose(-1, -2) / x.shape[-1] ** 0.5).masked_fill(hidden, float("-inf"))
             x = x + scores.softmax(-1) @ v @ across
             x = x + torch.tanh(x @ up)
         logits = nn.functional.layer_norm(x, x.shape[-1:]) @ self.head
@@ -59,8 +68,48 @@ class ToyTransformer(nn.Module):
         *,
         targets: Tensor | None = None,
         want: Sequence[str] = ("logits",),
+        cache: Cache | None = None,
     ) -> TokenOutput:
-        return summarise_logits(self(canvas, attention_mask)[positions], targets, want, self.mask_token_id)
+        logits = self(canvas, attention_mask, cache)[positions]
+        return summarise_logits(logits, targets, want, self.mask_token_id)
+
+    def new_cache(self) -> Cache:
+        return Cache(len(self.qkv))
+
+    def forget(self, cache: Cache, num_tokens: int) -> None:
+        cache.layers = [(k[:, :-num_tokens], v[:, :-num_tokens]) for k, v in cache.layers]
+
+
+class Cache:
+    """Keys and values (b, positions, width) of each layer."""
+
+    def __init__(self, num_layers: int):
+        self.layers = [(torch.empty(1, 0, 0), torch.empty(1, 0, 0)) for _ in range(num_layers)]
+
+    def __len__(self) -> int:
+        return self.layers[-1][0].shape[1]
+
+    def add(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        old_k, old_v = self.layers[layer]
+        if old_k.shape[1]:
+            k, v = torch.cat([old_k, k], 1), torch.cat([old_v, v], 1)
+        self.layers[layer] = k, v
+        return k, v
+
+
+class BlockToyTransformer(ToyTransformer):
+    """The same network reading block by block: a position sees its own block and those before, blocks counted from the
+    first token that is not a pad. A window behind cached positions must lie in one block and have no pads."""
+
+    def __init__(self, block_size: int = 4, **settings: int):
+        super().__init__(**settings)
+        self.block_size = block_size
+
+    def forward(self, canvas: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+        if cache is not None:
+            assert attention_mask is None and len(cache) % self.block_size == 0
+            assert not len(cache) or canvas.shape[1] <= self.block_size
+        return super().forward(canvas, attention_mask, cache)
 
 
 def prompt_batch(

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unmask.bases import model_directory
 from unmask.build import Named, make_sampler, make_task, sft_recipe, train_recipe
 from unmask.config import apply_overrides, read_recipe
 from unmask.corruption import draw_uniform_count
 from unmask.errors import ConfigError, DataError
 from unmask.evaluation import Setting
 from unmask.evaluation import evaluate as evaluate_policy
-from unmask.launch import check_prompts, model_directory, run_recipe
+from unmask.launch import check_prompts, run_recipe
 from unmask.likelihood import elbo as weighted_sum
 from unmask.models import MaskedPolicy, load
 from unmask.noise import Noise
@@ -88,14 +89,17 @@ def run_name(recipe: str | Path | Mapping[str, Any]) -> Path:
 
 
 def open_model(model: str | Path | MaskedPolicy) -> MaskedPolicy:
-    """A model directory, the model of a run directory, or a loaded policy as it is.
+    """A model or adapter directory, the model of a run directory, a hub id, or a loaded policy as it is.
 
-    A loaded directory is named as the caller named it. Raises: ModelError if it cannot be loaded.
+    What is loaded goes to the accelerator if there is one, and is named as the caller named it. Raises: ModelError if
+    it cannot be loaded.
     """
     if isinstance(model, MaskedPolicy):
         return model
     policy = load(model_directory(model))
     policy.name = str(model)
+    if torch.accelerator.is_available():
+        policy.module.to(torch.accelerator.current_accelerator())
     return policy
 
 

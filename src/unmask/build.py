@@ -6,14 +6,16 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from unmask import __version__
 from unmask.config import choose, parse, read_recipe, to_table
 from unmask.errors import ConfigError
-from unmask.models import TinyModelConfig
+from unmask.models import LoraConfig, TinyModelConfig
+from unmask.models.cross_entropy import check_cross_entropy
+from unmask.models.files import is_hub_id
 from unmask.objectives import ALGORITHMS
 from unmask.objectives.sft import SFT
 from unmask.places import cache_directory
@@ -29,14 +31,29 @@ class ModelConfig:
     """Where the model to train comes from: exactly one of the keys."""
 
     path: str | None = None
-    """A model directory (config.json, safetensors, tokenizer)."""
+    """A model directory (config.json, safetensors, tokenizer), a run's, an adapter's, or a hub id (owner/name)."""
     recipe: str | None = None
     """A supervised recipe whose result is the base; trained once and cached. Relative to the working directory, else to
     the recipe that the command was given."""
     tiny: TinyModelConfig | None = None
     """A new embedded model (supervised training only)."""
+    adapter: str | None = None
+    """An adapter directory to start from, on the model above; it stays the reference."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters on the frozen model. None: train all weights."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the weights. "auto": as stored for a frozen base, float32 where all weights are trained."""
+    attention: str = "sdpa"
+    """One of transformers' attention implementations."""
+    quantization: Literal["none", "nf4"] = "none"
+    """"nf4" holds a frozen base in 4 bits; needs the extra `quantization`."""
+    gradient_checkpointing: bool = False
+    """Compute layers again in the backward pass: less memory, a third more time."""
+    cross_entropy: str = "chunked"
+    """How log-probabilities are computed from hidden states, see docs/models.md."""
 
     def __post_init__(self) -> None:
+        check_cross_entropy(self.cross_entropy)
         given = [key for key in ("path", "recipe", "tiny") if getattr(self, key) is not None]
         if len(given) != 1:
             found = " and ".join(f"model.{key}" for key in given) or "no key of [model]"
@@ -260,14 +277,20 @@ def _task(tables: Mapping[str, Any]) -> Named | None:
 
 def _model(tables: Mapping[str, Any], directory: Path) -> ModelConfig:
     model = parse(ModelConfig, tables.get("model", {}), "model")
-    return ModelConfig(_resolve(model.path, directory), _resolve(model.recipe, directory), model.tiny)
+    return replace(
+        model,
+        path=_resolve(model.path, directory),
+        recipe=_resolve(model.recipe, directory),
+        adapter=_resolve(model.adapter, directory),
+    )
 
 
 def _resolve(path: str | None, directory: Path) -> str | None:
-    """A path as given if it exists from here, else relative to the recipe's directory."""
+    """A path as given if it exists from here, else relative to the recipe's directory; a hub id as it is."""
     if path is None or Path(path).is_absolute() or os.path.exists(path):
         return None if path is None else str(Path(path).absolute())
-    return str((directory / path).absolute())
+    beside = directory / path
+    return path if is_hub_id(path) and not beside.exists() else str(beside.absolute())
 
 
 def _evaluation(tables: Mapping[str, Any], task: Named, gen_length: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from unmask.errors import DataError
-from unmask.ranks import failing_together, gather_rollouts, num_ranks, own_rows
+from unmask.ranks import gather_rollouts, num_ranks, own_rows
 from unmask.rollout import TextPolicy, roll_out
 from unmask.types import Example, NoiseLike, Rollouts, Sampler, Status, Task, take_rows
 
@@ -67,18 +67,17 @@ def evaluate(
     padded = [*examples, *[examples[-1]] * (-len(examples) % num_ranks())]
     rows = own_rows(len(padded))
     index = torch.arange(len(padded))[rows]
-    with failing_together():
-        own = roll_out(
-            policy,
-            task,
-            sampler,
-            padded[rows],
-            torch.zeros_like(index),
-            index,
-            noise=noise,
-            batch_size=batch_size,
-            on_rows=lambda n: on_rows(n * num_ranks()) if on_rows else None,
-        )
+    own = roll_out(
+        policy,
+        task,
+        sampler,
+        padded[rows],
+        torch.zeros_like(index),
+        index,
+        noise=noise,
+        batch_size=batch_size,
+        on_rows=lambda n: on_rows(n * num_ranks()) if on_rows else None,
+    )
     rollouts = take_rows(gather_rollouts(own), slice(0, len(examples)))
     return summarise(task, examples, sampler, setting, rollouts, time.perf_counter() - start), rollouts
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import json
 import os
 import shutil
@@ -15,24 +13,27 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import logging as transformers_logging
 
 from unmask import __version__
+from unmask.bases import model_directory, open_for_training, reference_policy, weights_digest
 from unmask.build import Recipe, TrackingConfig, sft_recipe, supervised_base, train_recipe
 from unmask.checkpoint import unpack
 from unmask.config import dump_toml, read_recipe
 from unmask.demonstrations import read_demonstrations
 from unmask.errors import ConfigError, DataError, Stopped
 from unmask.evaluation import Setting, evaluate
-from unmask.models import MaskedPolicy, build_tiny, load
+from unmask.models import MaskedPolicy, build_tiny
 from unmask.noise import Noise
 from unmask.optional import optional
 from unmask.ranks import gather_objects, own_rows, rank
 from unmask.rollout import DemonstrationSource, GroupSource, Source
 from unmask.run_log import RunLog, SilentView, StopRequest, View, restore_weights
 from unmask.runs import RunDirectory
+from unmask.sharding import check_launcher, sharding_plugin
 from unmask.trainer import Trainer
 from unmask.types import Batch, Draw, Example, Sampler
 
@@ -51,11 +52,12 @@ def run_recipe(recipe: Recipe, output: str | Path, view: View, *, resume: bool =
     source = open_source(recipe)
     evaluator = Evaluator(recipe, view) if recipe.task else None
     policy = base_policy(recipe, view)
-    policy.module.to(accelerator.device)
+    if sharding_plugin(accelerator) is None:  # otherwise it goes there in slices, once its digest is taken
+        policy.module.to(accelerator.device)
     if evaluator:
         evaluator.attach(policy)
     check_source(policy, recipe, source)
-    reference = frozen_copy(policy) if recipe.rollout else None
+    reference = reference_policy(policy, accelerator) if recipe.rollout else None
     if rank() == 0 and not resume:
         run.create(dump_toml(recipe.tree()))
     carried: dict[str, Any] = {"base": []}
@@ -98,10 +100,13 @@ def make_accelerator(tracking: TrackingConfig, run: RunDirectory) -> Accelerator
     """Placement and trackers. Raises: ConfigError if a tracker is not installed."""
     for name in tracking.trackers:
         optional(name, "trackers")
+    check_launcher()
     return Accelerator(
         cpu=not torch.accelerator.is_available(),  # several processes on CPU need the flag
         log_with=list(tracking.trackers) or None,
         project_dir=str(run.path),
+        # buffers are constants of the model; sending them would make every forward wait for all processes
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
 
 
@@ -131,6 +136,7 @@ def train_loop(
 ) -> None:
     """From the first evaluation to the trained weights in model/. `carried` goes into checkpoints and comes back."""
     stop = StopRequest()
+    digest = weights_digest(policy.module)  # before the trainer wraps or shards it
     log = RunLog(run, view, policy, accelerator, stop=stop, carried=carried, with_rollouts=recipe.data is None)
     trainer = Trainer(
         policy,
@@ -144,7 +150,6 @@ def train_loop(
         evaluate=evaluator.held_out_row if evaluator else None,
         listeners=(log,),
     )
-    digest = weights_digest(policy.module)
     is_restored = resume and log.restore(trainer)
     if is_restored and carried.get("base_weights") != digest:
         raise ConfigError(
@@ -249,21 +254,6 @@ def check_prompts(policy: MaskedPolicy, examples: Sequence[Example], gen_length:
     policy.encode_prompts([policy.render(example.prompt) for example in examples], gen_length)
 
 
-def weights_digest(module: torch.nn.Module) -> str:
-    """SHA-256 over names and values of all parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        digest.update(name.encode())
-        digest.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def frozen_copy(policy: MaskedPolicy) -> MaskedPolicy:
-    """The reference policy of full fine-tuning."""
-    module = copy.deepcopy(policy.module).requires_grad_(False)
-    return MaskedPolicy(module, policy.tokenizer, name="reference")
-
-
 def write_summary(
     run: RunDirectory, recipe: Recipe, base: list[dict[str, Any]], final: list[dict[str, Any]], started: float
 ) -> dict[str, Any]:
@@ -284,20 +274,15 @@ def write_summary(
 
 
 def base_policy(recipe: Recipe, view: View) -> MaskedPolicy:
-    """The model a run starts from: new, loaded from a directory, or from the cache of supervised bases."""
-    if recipe.model.tiny:
-        return build_tiny(recipe.model.tiny, seed=recipe.seed)
-    if recipe.model.path:
-        return load(model_directory(recipe.model.path))
-    assert recipe.model.recipe
-    return load(cached_base(Path(recipe.model.recipe), recipe.seed, view) / "model")
-
-
-def model_directory(path: str | Path) -> Path:
-    """A model directory itself, or the model/ of a run directory."""
-    path = Path(path)
-    # os.path: a name that is too long for the system is no directory, rather than an error
-    return path / "model" if os.path.isfile(path / "model" / "config.json") else path
+    """The model a run starts from: new, loaded from a directory, or from the cache of supervised bases; as trained."""
+    config = recipe.model
+    if config.tiny:
+        return build_tiny(config.tiny, seed=recipe.seed)
+    if config.path:
+        return open_for_training(model_directory(config.path), config, seed=recipe.seed)
+    assert config.recipe
+    path = cached_base(Path(config.recipe), recipe.seed, view) / "model"
+    return open_for_training(path, config, seed=recipe.seed)
 
 
 def cached_base(recipe_file: Path, seed: int, view: View) -> Path:

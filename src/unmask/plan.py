@@ -6,7 +6,7 @@ Nothing is written. The counts are those of one process and a run to its last ba
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -16,17 +16,18 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from unmask.bases import fit_for_training, model_directory, open_for_training, reference_policy
 from unmask.build import Recipe, supervised_base
 from unmask.checkpoint import pack
 from unmask.config import dump_toml
-from unmask.launch import Evaluator, check_source, frozen_copy, model_directory, open_source
-from unmask.models import MaskedPolicy, build_tiny, load
+from unmask.launch import Evaluator, check_source, open_source
+from unmask.models import MaskedPolicy, build_tiny
 from unmask.noise import Noise
 from unmask.run_log import SilentView, rollout_rows, trained_parameters
 from unmask.runs import plain
 from unmask.scoring import micro_batches
 from unmask.trainer import Trainer
-from unmask.types import Batch, Sampler
+from unmask.types import Batch, PromptBatch, Sampler, TokenOutput
 
 MEASURED_BATCHES = 3
 
@@ -114,8 +115,10 @@ class Plan:
 # ---- counting
 
 
-def count_passes(recipe: Recipe, num_masks: int, num_held_out: int, num_final: int) -> Iterator[Passes]:
-    """Every model pass of the run; `num_masks` is K of one draw, the others are numbers of examples.
+def count_passes(
+    recipe: Recipe, num_masks: int, num_held_out: int, num_final: int, block_size: int | None = None
+) -> Iterator[Passes]:
+    """Every model pass of the run; `num_masks` is K of one draw, then numbers of examples, `block_size` the policy's.
 
     collect     S forwards a rollout                    update     μ (+ μ where a first pass is needed)
     old         one for each draw but the first          reference  one for each draw
@@ -126,7 +129,7 @@ def count_passes(recipe: Recipe, num_masks: int, num_held_out: int, num_final: i
     draws = algorithm.num_iterations if algorithm.fresh_masks else 1
     calls, copies = num_parts(rows, num_masks, size), rows * num_masks
     if recipe.rollout and recipe.sampler:
-        yield sampling("collect", "collect", recipe.sampler.value, rows, recipe.rollout.batch_size, batches)
+        yield sampling("collect", "collect", recipe.sampler.value, rows, recipe.rollout.batch_size, batches, block_size)
     if algorithm.needs.old:
         # the first update's own pass gives the old log-probabilities, unless these are read from other masks
         scored = (draws - 1 if algorithm.share_masks else draws) * batches
@@ -143,26 +146,108 @@ def count_passes(recipe: Recipe, num_masks: int, num_held_out: int, num_final: i
         "update", "update", passes * updates * calls, passes * updates * copies, updates * calls, updates * copies
     )
     if recipe.evaluation_sampler:
-        yield from evaluation_passes(recipe, num_held_out, num_final)
+        yield from evaluation_passes(recipe, num_held_out, num_final, block_size)
 
 
-def evaluation_passes(recipe: Recipe, num_held_out: int, num_final: int) -> Iterator[Passes]:
+def evaluation_passes(
+    recipe: Recipe, num_held_out: int, num_final: int, block_size: int | None = None
+) -> Iterator[Passes]:
     """The periodic evaluations, and those before (reinforcement only) and after the training."""
     assert recipe.evaluation_sampler
     sampler, size = recipe.evaluation_sampler.value, recipe.evaluation.batch_size
     every, batches = recipe.trainer.eval_every, recipe.trainer.num_batches
     times = -(-batches // every) if every else 0  # every so many batches, and after the last
-    yield sampling("evaluation", "evaluate", sampler, num_held_out, size, times)
+    yield sampling("evaluation", "evaluate", sampler, num_held_out, size, times, block_size)
     samplers = [replace(sampler, num_steps=n) for n in recipe.evaluation.final_num_steps] or [sampler]
-    rounds = [sampling("", "", s, num_final, size, 1 if recipe.data else 2) for s in samplers]
+    rounds = [sampling("", "", s, num_final, size, 1 if recipe.data else 2, block_size) for s in samplers]
     forwards, sequences = sum(r.forwards for r in rounds), sum(r.sequences for r in rounds)
     yield Passes("final rows" if recipe.data else "base and final", "evaluate", forwards, sequences)
 
 
-def sampling(name: str, phase: str, sampler: Sampler, rows: int, batch_size: int, times: int) -> Passes:
-    """Passes of sampling `rows` completions, `times` times over."""
-    steps = getattr(sampler, "num_steps", None) or sampler.gen_length
+def sampling(
+    name: str, phase: str, sampler: Sampler, rows: int, batch_size: int, times: int, block_size: int | None = None
+) -> Passes:
+    """Passes of sampling `rows` completions, `times` times over, from a model that reads in blocks if so said."""
+    steps = rehearse(sampler, 1, block_size).forwards
     return Passes(name, phase, times * -(-rows // batch_size) * steps, times * rows * steps)
+
+
+@dataclass
+class Decoding:
+    """What a sampler asks of a model for one completion; samplers that may finish sooner are taken not to."""
+
+    forwards: int = 0
+    tokens: int = 0  # through the model, in all forwards
+    wanted: int = 0  # positions whose logits are asked for, in all forwards
+    most_tokens: int = 0  # in one forward
+    most_wanted: int = 0
+    pairs: int = 0  # a token and one that it sees, in all forwards
+    cached: int = 0  # positions whose keys and values are kept, at most
+
+
+class _Cache:
+    """Counts the positions that a model would keep."""
+
+    length = 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+
+class _Listener:
+    """A policy that knows nothing, and writes down what it is asked."""
+
+    mask_token_id, pad_token_id, max_length = 7, 0, 1 << 60
+    stop_token_ids: tuple[int, ...] = (6,)
+    device = torch.device("cpu")
+
+    def __init__(self, block_size: int | None):
+        self.block_size = block_size
+        self.heard = Decoding()
+
+    def token_outputs(
+        self,
+        canvas: Tensor,
+        attention_mask: Tensor | None,
+        positions: Tensor,
+        *,
+        targets: Tensor | None = None,
+        want: Sequence[str] = ("logits",),
+        cache: Any = None,
+    ) -> TokenOutput:
+        tokens, wanted = canvas.shape[1], int(positions.sum())
+        seen = tokens + (cache.length if cache is not None else 0)
+        heard = self.heard
+        self.heard = Decoding(
+            forwards=heard.forwards + 1,
+            tokens=heard.tokens + tokens,
+            wanted=heard.wanted + wanted,
+            most_tokens=max(heard.most_tokens, tokens),
+            most_wanted=max(heard.most_wanted, wanted),
+            pairs=heard.pairs + tokens * seen,
+            cached=max(heard.cached, seen if cache is not None else 0),
+        )
+        if cache is not None:
+            cache.length = seen
+        logits = torch.zeros(wanted, 8)
+        logits[:, self.mask_token_id] = -torch.inf
+        logp = None if targets is None else torch.zeros(wanted)
+        return TokenOutput(logits, logp, torch.zeros(wanted))
+
+    def new_cache(self) -> _Cache:
+        return _Cache()
+
+    def forget(self, cache: _Cache, num_positions: int) -> None:
+        cache.length -= num_positions
+
+
+def rehearse(sampler: Sampler, prompt_tokens: int, block_size: int | None = None) -> Decoding:
+    """Let the sampler write one completion with a model that gives every token the same probability."""
+    policy = _Listener(block_size)
+    ids = torch.zeros(1, prompt_tokens, dtype=torch.int64)
+    prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1).long(), torch.zeros(1).long())
+    sampler.sample(policy, prompts, noise=Noise(0))
+    return policy.heard
 
 
 def num_parts(num_rows: int, num_masks: int, micro_batch_size: int) -> int:
@@ -199,7 +284,7 @@ def plan_run(recipe: Recipe) -> Plan:
         num_parameters=sum(p.numel() for p in parameters),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         measured=measured,
-        passes=list(count_passes(recipe, measured.num_masks, num_held_out, num_final)),
+        passes=list(count_passes(recipe, measured.num_masks, num_held_out, num_final, policy.block_size)),
         base=base,
     )
 
@@ -209,13 +294,14 @@ def starting_policy(recipe: Recipe) -> tuple[MaskedPolicy, Plan | None]:
     if recipe.model.tiny:
         return build_tiny(recipe.model.tiny, seed=recipe.seed), None
     if recipe.model.path:
-        return load(model_directory(recipe.model.path)), None
+        return open_for_training(model_directory(recipe.model.path), recipe.model, seed=recipe.seed), None
     assert recipe.model.recipe
     base, directory = supervised_base(Path(recipe.model.recipe), recipe.seed)
     if (directory / "summary.json").is_file():
-        return load(directory / "model"), None
+        return open_for_training(directory / "model", recipe.model, seed=recipe.seed), None
     assert base.model.tiny
-    return build_tiny(base.model.tiny, seed=base.seed), plan_run(base)
+    policy = build_tiny(base.model.tiny, seed=base.seed)
+    return fit_for_training(policy, recipe.model, seed=recipe.seed), plan_run(base)
 
 
 def measure(recipe: Recipe, policy: MaskedPolicy, evaluator: Evaluator | None) -> Measurement:
@@ -226,7 +312,7 @@ def measure(recipe: Recipe, policy: MaskedPolicy, evaluator: Evaluator | None) -
     check_source(policy, recipe, source)
     trainer = Trainer(
         policy,
-        frozen_copy(policy) if recipe.data is None else None,
+        reference_policy(policy) if recipe.data is None else None,
         source,
         recipe.algorithm.value,
         replace(recipe.trainer, num_batches=count, eval_every=0),
@@ -256,7 +342,7 @@ def evaluation_seconds(recipe: Recipe, evaluator: Evaluator) -> float:
     sampler = evaluator.sampler.value
     rows = min(len(evaluator.held_out), recipe.evaluation.batch_size, batch_rows(recipe))
     row = evaluator.row(recipe.evaluation.split, evaluator.held_out[:rows], sampler)
-    return float(row["seconds"]) / sampling("", "", sampler, rows, rows, 1).sequences
+    return float(row["seconds"]) / sampling("", "", sampler, rows, rows, 1, evaluator.policy.block_size).sequences
 
 
 @dataclass

@@ -51,6 +51,15 @@ def gather_objects(value: Any) -> list[Any]:
     return out
 
 
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on any process."""
+    if num_ranks() == 1:
+        return flag
+    value = torch.tensor(int(flag), device=device)
+    distributed.all_reduce(value, op=distributed.ReduceOp.MAX)
+    return bool(value)
+
+
 def gather_rows(rows: Tensor) -> Tensor:
     """The rows of all processes, in rank order; every process has equally many."""
     if num_ranks() == 1:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from unmask.errors import ConfigError, DataError, RewardError
+from unmask.ranks import failing_together
+from unmask.sharding import in_step
 from unmask.types import (
     Example,
     NoiseLike,
@@ -50,7 +52,11 @@ class Source(Protocol):
         ...
 
     def collect(self, policy: TextPolicy, iteration: int, rows: slice) -> Rollouts:
-        """The given rows of batch `iteration`; the whole batch is `slice(0, batch_rows)`."""
+        """The given rows of batch `iteration`; the whole batch is `slice(0, batch_rows)`.
+
+        What can fail on one process alone belongs into `failing_together`; calls of the model do not, for where
+        parameters are sharded the processes make them together.
+        """
         ...
 
 
@@ -100,19 +106,25 @@ def roll_out(
     batch_size: int,
     on_rows: Callable[[int], None] | None = None,
 ) -> Rollouts:
-    """Sample and judge one completion per row; `on_rows(n)` is told of every n finished rows."""
-    texts = [policy.render(example.prompt) for example in examples]
-    prompt_ids, prompt_mask = policy.encode_prompts(texts, sampler.gen_length)
+    """Sample and judge one completion per row; `on_rows(n)` is told of every n finished rows.
+
+    With several processes: what a prompt or a reward raises on one of them is raised on all.
+    """
+    with failing_together():
+        texts = [policy.render(example.prompt) for example in examples]
+        prompt_ids, prompt_mask = policy.encode_prompts(texts, sampler.gen_length)
     keys = torch.tensor([example.id for example in examples], device=policy.device)
     batch = PromptBatch(prompt_ids, prompt_mask, keys, rollout_index.to(policy.device))
     parts = []
-    for start in range(0, len(examples), batch_size):
-        parts.append(sampler.sample(policy, take_rows(batch, slice(start, start + batch_size)), noise=noise))
-        if on_rows:
-            on_rows(len(parts[-1]))
+    with in_step(policy, prompt_ids[:1]) as stepping:
+        for start in range(0, len(examples), batch_size):
+            parts.append(sampler.sample(stepping, take_rows(batch, slice(start, start + batch_size)), noise=noise))
+            if on_rows:
+                on_rows(len(parts[-1]))
     samples = Samples(*(torch.cat([getattr(p, name) for p in parts]) for name in Samples.__dataclass_fields__))
-    completions = policy.decode(samples.completion_ids)
-    scores = judge(task, examples, completions)
+    with failing_together():
+        completions = policy.decode(samples.completion_ids)
+        scores = judge(task, examples, completions)
     return Rollouts(
         prompt_ids=prompt_ids,
         prompt_mask=prompt_mask,
@@ -198,9 +210,10 @@ class DemonstrationSource:
         indices = draw_indices(self.noise.stream("prompts"), iteration, self.rows, len(self.demonstrations))
         chosen = range(self.rows)[rows]
         pairs = [self.demonstrations[indices[row]] for row in chosen]
-        texts = [policy.render(example.prompt) for example, _ in pairs]
-        prompt_ids, prompt_mask = policy.encode_prompts(texts, self.gen_length)
-        completion_ids = policy.encode_completions([text for _, text in pairs], self.gen_length)
+        with failing_together():
+            texts = [policy.render(example.prompt) for example, _ in pairs]
+            prompt_ids, prompt_mask = policy.encode_prompts(texts, self.gen_length)
+            completion_ids = policy.encode_completions([text for _, text in pairs], self.gen_length)
         size, length = completion_ids.shape
         empty = torch.zeros(size, length, device=policy.device)
         row_ids = torch.tensor([iteration * self.rows + row for row in chosen], device=policy.device)

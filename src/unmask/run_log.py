@@ -21,6 +21,7 @@ from unmask.errors import Stopped
 from unmask.models import MaskedPolicy
 from unmask.ranks import gather_objects, rank
 from unmask.runs import RunDirectory, replace_file
+from unmask.sharding import gathered, is_sharded, slice_like, whole_tensors
 from unmask.trainer import Trainer, TrainerState
 from unmask.types import Batch
 
@@ -160,41 +161,48 @@ class RunLog:
         if number or is_due or (state.is_done and every):
             self.save_checkpoint(trainer)
         if number:
+            gather_objects(None)  # a launcher kills the writer soon after another process has ended
             raise Stopped(
                 f"stopped after update {state.step}; go on with: --resume {self.run.path}", signal_number=number
             )
 
     def on_fault(self, trainer: Trainer, message: str) -> None:
         """Save the batch that broke, with the weights it met, for `unmask replay`."""
-        if not self.is_writer:
-            return
         tensors = self.weights()
-        state = {name: pack(value, name, tensors) for name, value in vars(trainer.state).items()}
-        path = self.run.path / f"fault-{trainer.state.step + 1:06d}.safetensors"
-        content = json.dumps({"trainer": state, "message": message})
-        replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"fault": content}))
-        self.view.note(f"the batch is in {path}; look into it with: unmask replay {path}")
+        if self.is_writer:
+            state = {name: pack(value, name, tensors) for name, value in vars(trainer.state).items()}
+            path = self.run.path / f"fault-{trainer.state.step + 1:06d}.safetensors"
+            content = json.dumps({"trainer": state, "message": message})
+            replace_file(path, lambda temporary: save_file(tensors, temporary, metadata={"fault": content}))
+            self.view.note(f"the batch is in {path}; look into it with: unmask replay {path}")
+        gather_objects(None)  # as on_boundary: the error ends every process
 
     def weights(self) -> dict[str, Tensor]:
-        """Copies of the trained parameters, named model.<name>."""
+        """Copies of the trained parameters, named model.<name>; every process asks, and the writer gets them."""
         module = self.accelerator.unwrap_model(self.policy.module)
-        return {f"model.{n}": p.detach().cpu().contiguous().clone() for n, p in trained_parameters(module)}
+        names = [name for name, _ in trained_parameters(module)]
+        return {f"model.{n}": t for n, t in whole_tensors(module, names, keep=self.is_writer).items()}
 
     def save_model(self, name: str) -> None:
-        """Write the weights to `name`/ of the run directory."""
+        """Write the weights to `name`/ of the run directory; every process takes part."""
         module = self.accelerator.unwrap_model(self.policy.module)
+        state = None
+        if is_sharded(module):
+            names = [name for name, _ in trained_parameters(module)] if self.policy.adapters else module.state_dict()
+            state = whole_tensors(module, names, keep=self.is_writer)
         if self.is_writer:
-            self.run.save_model(name, lambda path: self.policy.save(path, module))
+            self.run.save_model(name, lambda path: self.policy.save(path, module, state))
 
     def save_checkpoint(self, trainer: Trainer) -> None:
-        """Everything the run needs to go on from this boundary."""
+        """Everything the run needs to go on from this boundary; every process takes part."""
         self.saved_step = trainer.state.step
+        tensors = self.weights()
+        optimizer = gathered(trainer.optimizer.state_dict(), keep=self.is_writer)
         if not self.is_writer:
             return
-        tensors = self.weights()
         state = {
             "trainer": {name: pack(value, name, tensors) for name, value in vars(trainer.state).items()},
-            "optimizer": pack(trainer.optimizer.state_dict(), "optimizer", tensors),
+            "optimizer": pack(optimizer, "optimizer", tensors),
             "positions": self.run.positions(),
             "carried": self.carried,
         }
@@ -209,11 +217,20 @@ class RunLog:
         if found is None:
             return False
         tensors, state = found
-        tensors = {name: tensor.to(self.policy.device) for name, tensor in tensors.items()}
         restore_weights(self.accelerator.unwrap_model(self.policy.module), tensors)
         optimizer = unpack(state["optimizer"], tensors)
-        optimizer["state"] = {int(key): value for key, value in optimizer["state"].items()}
+        optimizer["state"] = {
+            number: {
+                key: slice_like(value, parameter) if value.shape == parameter.shape else value
+                for key, value in optimizer["state"][str(number)].items()
+            }
+            for number, parameter in enumerate(trainer.parameters)
+            if str(number) in optimizer["state"]
+        }
         trainer.optimizer.load_state_dict(optimizer)
+        # the rest; weights and optimiser went to the device one slice at a time
+        rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("model.", "optimizer."))}
+        tensors = {name: tensor.to(self.policy.device) for name, tensor in rest.items()}
         trainer.state = TrainerState(**{name: unpack(value, tensors) for name, value in state["trainer"].items()})
         self.carried.update(state["carried"])
         self.saved_step = trainer.state.step
@@ -231,7 +248,7 @@ def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy model.<name> tensors into the trained parameters."""
     for name, parameter in trained_parameters(module):
-        parameter.copy_(tensors[f"model.{name}"])
+        parameter.copy_(slice_like(tensors[f"model.{name}"], parameter))
 
 
 def rollout_rows(batch: Batch) -> list[dict[str, Any]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from unmask.errors import ModelError
 from unmask.types import Corruption, Policy, Rollouts
 
 
@@ -30,7 +31,15 @@ def score_copies(
     """Run the model on the given masked copies; returns (C, L) tensors. Differentiable if gradients are enabled.
 
     Copies in which nothing is scored cost no forward: their rows are zero.
+
+    Raises: ModelError for a block-causal model. Its ELBO conditions a block on clean blocks before it, which one masked
+        canvas does not show.
     """
+    if policy.block_size is not None:
+        raise ModelError(
+            f"this model is block-causal (blocks of {policy.block_size}), and its ELBO is not implemented. It can be "
+            "sampled and evaluated."
+        )
     masked = corruption.masked.flatten(0, 1)[copies]  # (C, T)
     scored = corruption.scored.flatten(0, 1)[copies]  # (C, L)
     rows = copies // corruption.num_masks

@@ -16,9 +16,10 @@ from torch import Tensor
 from unmask.corruption import draw_uniform_count
 from unmask.errors import ConfigError, TrainingError
 from unmask.likelihood import sequence_estimate
-from unmask.ranks import failing_together, gather_rollouts, gather_rows, num_ranks, own_rows
+from unmask.ranks import gather_rollouts, gather_rows, num_ranks, own_rows
 from unmask.rollout import Source, TextPolicy, rollout_metrics
 from unmask.scoring import micro_batches, score, score_copies
+from unmask.sharding import is_sharded, place, whole
 from unmask.types import Algorithm, Batch, Corruption, Draw, LossInputs, NoiseLike, Rollouts, take_rows
 
 
@@ -180,6 +181,7 @@ class Trainer:
         self.state = TrainerState()
         self.timing: dict[str, float] = {}
         module = policy.module  # type: ignore[attr-defined]
+        place(module, accelerator)  # first: sharding replaces parameters
         self.parameters = [p for p in module.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
             self.parameters,
@@ -187,7 +189,10 @@ class Trainer:
             betas=optimizer_config.betas,
             weight_decay=optimizer_config.weight_decay,
         )
-        policy.module, self.optimizer = accelerator.prepare(module, optimizer)  # type: ignore[attr-defined]
+        if is_sharded(module):
+            self.optimizer = accelerator.prepare_optimizer(optimizer)
+        else:
+            policy.module, self.optimizer = accelerator.prepare(module, optimizer)  # type: ignore[attr-defined]
 
     def run(self) -> None:
         """Train from `state` to the end of the planned batches, or until the stop rule is met."""
@@ -209,8 +214,7 @@ class Trainer:
     def prepare(self, iteration: int) -> Batch:
         """collect, draw, score: everything that updates on this batch hold constant."""
         with self.phase("collect"):
-            with failing_together():
-                own = self.source.collect(self.policy, iteration, own_rows(self.source.batch_rows))
+            own = self.source.collect(self.policy, iteration, own_rows(self.source.batch_rows))
             rollouts = gather_rollouts(own)
             advantages = self.algorithm.advantages(rollouts.rewards, rollouts.groups)
         with self.phase("score"):
@@ -265,7 +269,7 @@ class Trainer:
             group["lr"] = self.optimizer_config.lr * scale
         with self.phase("update"):
             logps = self.backward(batch, draw)
-            norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.optimizer_config.max_grad_norm))
+            norm = float(whole(self.accelerator.clip_grad_norm_(self.parameters, self.optimizer_config.max_grad_norm)))
             with torch.no_grad():
                 out = self.algorithm.loss(self.loss_inputs(batch, draw, logps))
             self.check_finite(batch, inner, logps, float(out.loss), norm)
@@ -329,12 +333,16 @@ class Trainer:
         """Micro-batches of this process's flat copy indices; gradients are exchanged in the last one's context.
 
         Processes average their gradients, which is why each multiplies its share of the loss by their number.
+        All of them make equally many forwards and backwards: their shares are equally long.
         """
+        module = self.policy.module  # type: ignore[attr-defined]
         rows = own_rows(len(batch.rollouts))
         parts = list(micro_batches(rows.stop - rows.start, num_masks, self.config.micro_batch_size))
         for i, copies in enumerate(parts):
             is_last = i == len(parts) - 1
-            context = nullcontext() if is_last else self.accelerator.no_sync(self.policy.module)  # type: ignore[attr-defined]
+            # sharded gradients are exchanged every time: to wait would mean to hold them whole
+            is_exchanged = is_last or is_sharded(module)
+            context = nullcontext() if is_exchanged else self.accelerator.no_sync(module)
             yield (copies + rows.start * num_masks).to(self.policy.device), context
 
     def loss_inputs(self, batch: Batch, draw: Draw, logps: Tensor) -> LossInputs:

@@ -216,6 +216,7 @@ class TokenOutput:
     logits: Tensor | None = None  # (N, V), float32 or wider; the mask token's is -inf
     logp: Tensor | None = None  # (N,) nats, of the targets
     entropy: Tensor | None = None  # (N,) nats
+    scalar: Tensor | None = None  # (b,), of the active adapter's scalar head on a row's mean wanted hidden state
 
 
 class Policy(Protocol):
@@ -225,6 +226,8 @@ class Policy(Protocol):
     pad_token_id: int
     stop_token_ids: tuple[int, ...]
     max_length: int
+    block_size: int | None
+    """Tokens per block of a model whose positions see their own block and those before; None: each sees all."""
 
     @property
     def device(self) -> torch.device: ...
@@ -236,9 +239,22 @@ class Policy(Protocol):
         positions: Tensor,  # (b, T) bool, True = wanted; N of them
         *,
         targets: Tensor | None = None,  # (N,) int64
-        want: Sequence[str] = ("logits",),  # among "logits", "logp", "entropy"
+        want: Sequence[str] = ("logits",),  # among "logits", "logp", "entropy", "scalar"
+        cache: Any = None,
     ) -> TokenOutput:
-        """One forward of the model; numbers about the wanted positions only."""
+        """One forward of the model; numbers about the wanted positions only.
+
+        With a cache of `new_cache` (block by block models only) the canvas is what follows the positions in the cache,
+        without pads, and starts a block; its keys and values are added to the cache.
+        """
+        ...
+
+    def new_cache(self) -> Any:
+        """An empty cache of keys and values."""
+        ...
+
+    def forget(self, cache: Any, num_tokens: int, /) -> None:
+        """Drop the last tokens of the cache."""
         ...
 
 

@@ -24,6 +24,8 @@ COMMANDS = {
     "sft": "supervised training on demonstrations",
     "eval": "accuracy of a model on a task, with intervals",
     "sample": "one completion, shown as it is revealed",
+    "merge": "one ordinary model out of an adapter and its base",
+    "estimate": "memory, FLOPs and hours of a recipe on a machine that need not be here",
     "report": "tables and learning curves of runs",
     "replay": "look into the batch that broke an update",
     "doctor": "what this machine has and lacks, and what mends it",

@@ -23,12 +23,16 @@ from unmask.runs import plain, write_atomic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model directory or a run directory")
+    parser.add_argument("model", metavar="MODEL", help="a model, adapter or run directory, or a hub id")
     parser.add_argument("--task", required=True, help="task name; see `unmask list tasks`")
     parser.add_argument("--data", metavar="FILE", help="a data file of the task (default: its generated test split)")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
-    parser.add_argument("--sampler", default="low_confidence", help="sampler name (default: low_confidence)")
+    parser.add_argument(
+        "--sampler",
+        default="low_confidence",
+        help="sampler name (default: low_confidence; block-causal models need block_diffusion)",
+    )
     parser.add_argument(
         "--gen-length", metavar="N[,N...]", help="canvas tokens, one row for each (default: the task's)"
     )

@@ -5,89 +5,186 @@ Importing this room registers the families with transformers' Auto classes.
 
 from __future__ import annotations
 
-import json
-import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForMaskedLM, AutoTokenizer
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import AutoConfig, AutoModelForMaskedLM
 from transformers.utils import logging as transformers_logging
 
 from unmask.errors import ConfigError, ModelError
-from unmask.models.policy import MaskedPolicy
-from unmask.models.tiny import TinyConfig, TinyForMaskedLM, character_tokenizer
+from unmask.models import adapter_files
+from unmask.models.adapters import LoraConfig, wrap
+from unmask.models.families import MODELS, Family, family_of
+from unmask.models.files import fetch, is_hub_id, one_line, read_json
+from unmask.models.policy import AdapterView, MaskedPolicy
+from unmask.models.quantization import quantization_options
+from unmask.models.tiny import TinyModelConfig, build_tiny
+
+__all__ = [
+    "MODELS",
+    "AdapterView",
+    "Family",
+    "LoraConfig",
+    "MaskedPolicy",
+    "TinyModelConfig",
+    "build_tiny",
+    "load",
+    "register",
+    "stored_dtype",
+    "with_adapter",
+    "with_lora",
+]
 
 
-@dataclass(frozen=True)
-class Family:
-    """How one `model_type` is built; `about` is a line for `unmask list models`."""
-
-    config_class: Any
-    model_class: Any
-    about: str
+def register(model_type: str, family: Family) -> None:
+    """Make `load`, and transformers' Auto classes, build a family for this `model_type`."""
+    MODELS[model_type] = family
+    AutoConfig.register(model_type, family.config_class, exist_ok=True)
+    AutoModelForMaskedLM.register(family.config_class, family.model_class, exist_ok=True)
 
 
-MODELS: dict[str, Family] = {
-    "unmask_tiny": Family(
-        TinyConfig, TinyForMaskedLM, "embedded: small bidirectional Llama with learned absolute positions"
-    ),
-}
-
-for _name, _family in MODELS.items():
-    AutoConfig.register(_name, _family.config_class, exist_ok=True)
-    AutoModelForMaskedLM.register(_family.config_class, _family.model_class, exist_ok=True)
+for _name, _family in tuple(MODELS.items()):
+    register(_name, _family)
 
 
-def load(path: str | Path, *, dtype: torch.dtype = torch.float32) -> MaskedPolicy:
-    """Load a model directory (config.json, safetensors, tokenizer) as a policy.
+def load(
+    path: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    attention: str = "sdpa",
+    quantization: str = "none",
+) -> MaskedPolicy:
+    """Load a model as a policy: a model directory, an adapter directory, or a hub id.
+
+    `dtype` None: half precision where the checkpoint has it, else float32. `attention` names one of transformers'
+    implementations. `quantization` "nf4" holds the linear layers in 4 bits. Hub ids go through the local hub cache and
+    respect HF_HUB_OFFLINE; no code of the repository is ever run.
 
     Raises: ModelError with the way out if the directory is missing, incomplete, damaged or of an unknown family.
     """
-    directory = Path(path)
-    config_file = directory / "config.json"
-    if not os.path.isfile(config_file):  # False also where the path itself is impossible
-        raise ModelError(f"{directory}: no config.json there. Name a model directory, or the model/ folder of a run.")
-    try:
-        model_type = json.loads(config_file.read_text(encoding="utf-8")).get("model_type")
-    except OSError as error:
-        raise ModelError(f"{config_file}: cannot be read ({error.strerror}). Make the file readable.") from error
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ModelError(f"{config_file}: not a JSON object ({_one_line(error)}). Restore the file.") from error
-    if not isinstance(model_type, str) or model_type not in MODELS:
-        raise ModelError(f"{config_file}: model_type = {model_type!r} is unknown. Known: {', '.join(sorted(MODELS))}.")
+    directory = fetch(path)
+    if adapter_files.is_adapter(directory):
+        base = adapter_files.base_of(directory)
+        nearby = directory / base  # an adapter may name its base relative to itself
+        policy = load(
+            nearby if os.path.isdir(nearby) else base, dtype=dtype, attention=attention, quantization=quantization
+        )
+        return with_adapter(policy, directory)
+    if not os.path.isfile(directory / "config.json"):  # False also where the path itself is impossible
+        raise ModelError(
+            f"{directory}: no config.json there. Name a model directory, the model/ folder of a run, or a hub id."
+        )
+    content = read_json(directory / "config.json")
+    family = family_of(content, directory)
     if not list(directory.glob("*.safetensors")):
         raise ModelError(f"{directory}: no *.safetensors file. Only safetensors are loaded; convert the weights first.")
+    _check_experts(directory)
     try:
         with _silence():
-            model, report = MODELS[model_type].model_class.from_pretrained(
+            model, report = family.model_class.from_pretrained(
                 directory,
-                dtype=dtype,
-                attn_implementation="sdpa",
+                dtype=dtype or stored_dtype(directory),
+                attn_implementation=attention,
                 output_loading_info=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
+                **quantization_options(quantization),
             )
-            tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            tokenizer = family.tokenizer_class.from_pretrained(directory, trust_remote_code=False)
+    except ConfigError:
+        raise
     except Exception as error:
-        raise ModelError(
-            f"{directory}: cannot be loaded ({_one_line(error)}). Restore or rewrite the model."
-        ) from error
+        raise ModelError(f"{directory}: cannot be loaded ({one_line(error)}). Restore or rewrite the model.") from error
+    _check_report(report, directory)
+    _complete_tokens(model.config, tokenizer)
+    _check_tokens(model.config, tokenizer, directory)
+    broken = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
+    if broken:
+        raise ModelError(f"{directory}: {broken} holds values that are not finite. Restore the weights.")
+    if is_hub_id(str(path)):
+        _name_repository(model.config, str(path))
+    return MaskedPolicy(model, tokenizer, str(path), family.stop_tokens)
+
+
+def with_lora(policy: MaskedPolicy, config: LoraConfig, *, seed: int) -> MaskedPolicy:
+    """The policy with a new adapter `default` on a frozen base. Raises: ConfigError for targets it does not have."""
+    return _around(policy, wrap(policy.module, config, seed=seed))
+
+
+def with_adapter(policy: MaskedPolicy, path: str | Path) -> MaskedPolicy:
+    """The policy with the adapter of a directory (or hub id) as `default` on a frozen base. Raises: ModelError."""
+    family = MODELS.get(str(getattr(policy.module.config, "model_type", "")))
+    return _around(policy, adapter_files.load_onto(policy.module, fetch(path), family.renames if family else ()))
+
+
+def stored_dtype(directory: Path) -> torch.dtype:
+    """Half precision where the first tensor on disk is, else float32. config.json need not say it, and may err."""
+    with safe_open(min(directory.glob("*.safetensors")), "pt") as file:
+        name = next((file.get_slice(key).get_dtype() for key in file.keys()), "F32")  # noqa: SIM118
+    return {"BF16": torch.bfloat16, "F16": torch.float16}.get(name, torch.float32)
+
+
+def _around(policy: MaskedPolicy, module: nn.Module) -> MaskedPolicy:
+    """The policy with its module inside another one."""
+    family = MODELS.get(str(getattr(policy.module.config, "model_type", "")))
+    module.peft_config["default"].base_model_name_or_path = policy.name  # type: ignore[index, union-attr]
+    return MaskedPolicy(module, policy.tokenizer, policy.name, family.stop_tokens if family else ())
+
+
+def _check_report(report: dict[str, Any], directory: Path) -> None:
+    """Raises: ModelError unless every tensor of the model, and no other, was in the files."""
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
     wrong = sorted([*report["missing_keys"], *report["unexpected_keys"], *mismatched])
     if wrong:
         raise ModelError(
             f"{directory}: weights do not fit config.json, first at {wrong[0]}. Restore both from one save."
         )
-    _check_tokens(model.config, tokenizer, directory)
-    broken = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
-    if broken:
-        raise ModelError(f"{directory}: {broken} holds values that are not finite. Restore the weights.")
-    return MaskedPolicy(model, tokenizer, name=str(directory))
+
+
+def _check_experts(directory: Path) -> None:
+    """Raises: ModelError unless every expert of a layer has the same tensors; transformers' own message names none."""
+    layers: dict[str, set[tuple[str, str]]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt") as file:
+                names = list(file.keys())
+        except (SafetensorError, OSError):
+            return  # the loader says so
+        for name in names:
+            layer, found, rest = name.partition(".experts.")
+            if found and rest.split(".", 1)[0].isdigit():
+                layers.setdefault(layer, set()).add(tuple(rest.split(".", 1)))  # type: ignore[arg-type]
+    for layer, there in layers.items():
+        every = {(number, tensor) for number, _ in there for _, tensor in there}
+        for number, tensor in sorted(every - there):
+            raise ModelError(
+                f"{directory}: {layer}.experts.{number}.{tensor} is missing, which other experts have. "
+                "Restore the weights."
+            )
+
+
+def _complete_tokens(config: Any, tokenizer: Any) -> None:
+    """Special tokens that config.json leaves out, from the tokenizer."""
+    for key, fallback in (("mask_token_id", None), ("eos_token_id", "sep_token_id"), ("pad_token_id", "eos_token_id")):
+        if getattr(config, key, None) is None:
+            value = getattr(tokenizer, key, None)
+            if value is None and fallback:
+                value = getattr(tokenizer, fallback, None)
+            setattr(config, key, value)
+
+
+def _name_repository(config: Any, hub_id: str) -> None:
+    """References to the repository's own Python files, completed by its name, so that a saved copy still finds them."""
+    references = (getattr(config, "authors", None) or vars(config)).get("auto_map")
+    for key, value in (references or {}).items():
+        if "--" not in str(value):
+            references[key] = f"{hub_id}--{value}"
 
 
 @contextmanager
@@ -117,61 +214,3 @@ def _check_tokens(config: Any, tokenizer: Any, directory: Path) -> None:
             f"{directory}: the tokenizer has token ids up to {largest} and the mask token {tokenizer.mask_token_id}, "
             f"config.json has {size} tokens and the mask token {config.mask_token_id}. Restore both from one save."
         )
-
-
-@dataclass(frozen=True)
-class TinyModelConfig:
-    """A new embedded model, initialised from a seed."""
-
-    alphabet: str = "0123456789|"
-    """Characters that get a token each, behind eight special tokens."""
-    hidden_size: int = 64
-    """Width."""
-    num_layers: int = 3
-    """Transformer layers."""
-    num_heads: int = 4
-    """Attention heads; must divide hidden_size."""
-    intermediate_size: int = 192
-    """Inner width of the SwiGLU."""
-    max_length: int = 64
-    """Positions, tokens; prompt and completion must fit."""
-    init_std: float = 0.125
-    """Standard deviation of the initial weights, 1/sqrt(width). With 0.02 Sudoku is learned later, and the habits of
-    the supervised teacher hardly at all."""
-
-    def __post_init__(self) -> None:
-        for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"model.tiny.{key} = {getattr(self, key)}: must be at least 1. Try the default.")
-        if self.hidden_size % self.num_heads:
-            raise ConfigError(
-                f"model.tiny.num_heads = {self.num_heads}: must divide model.tiny.hidden_size = {self.hidden_size}. "
-                "Try 4."
-            )
-        if not (math.isfinite(self.init_std) and 0 < self.init_std <= 1):
-            raise ConfigError(f"model.tiny.init_std = {self.init_std}: must be above 0 and at most 1. Try 0.125.")
-        if not self.alphabet:
-            raise ConfigError("model.tiny.alphabet = '': must name the characters of the task. Try '0123456789|'.")
-
-
-def build_tiny(config: TinyModelConfig, *, seed: int) -> MaskedPolicy:
-    """A new embedded model with a character tokenizer."""
-    tokenizer = character_tokenizer(config.alphabet)
-    fields = TinyConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_heads,
-        intermediate_size=config.intermediate_size,
-        max_position_embeddings=config.max_length,
-        initializer_range=config.init_std,
-    )
-    # transformers initialises from the global generators; leave them as they were
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(seed)
-        model = TinyForMaskedLM(fields)
-    return MaskedPolicy(model, tokenizer, name="embedded model")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
-from unmask.models import outputs
+from unmask.models import chunked_head
 from unmask.models.outputs import OUTPUTS, summarise_hidden, summarise_logits
+from unmask.types import TokenOutput
 
 
 class MaskedLMHead:
@@ -19,9 +21,14 @@ class MaskedLMHead:
     around it (FSDP2, ZeRO-3, DDP) then see every use of them.
     """
 
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}  # where they are
     model: Any
     lm_head: Any
     config: Any
+    scalar_heads: Any
+    """ModuleDict of one Linear(H, 1) for each adapter that has a scalar head; not there before the first."""
+    cross_entropy: str = "chunked"
+    """What computes log-probabilities when the logits are large: a name of `cross_entropy.CROSS_ENTROPIES`."""
 
     def forward(
         self,
@@ -33,34 +40,78 @@ class MaskedLMHead:
         targets: Tensor | None = None,  # (N,) int64
         want: Sequence[str] = ("logits",),
         labels: Tensor | None = None,  # (b, T) int64, -100 = ignored
+        past_key_values: Any = None,
+        scalar_head: str | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | dict[str, Tensor]:
         """With `positions`: the wanted numbers at those N positions as a dict. Without: the usual transformers output.
 
+        "scalar" is (b,): the scalar head of that name on the mean of a row's wanted hidden states, in float32 or wider.
         The transformers output holds raw logits (b, T, V), mask token included, and the mean cross-entropy in nats
         over the labelled positions when `labels` is given.
         """
+        if position_ids is None and attention_mask is not None:
+            # pads take no position, so a row's numbers do not depend on the amount of padding
+            position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if positions is None:
-            hidden = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids).last_hidden_state
-            logits = self.lm_head(hidden)
+            every = torch.ones_like(input_ids, dtype=torch.bool)
+            hidden = self.select_hidden(input_ids, attention_mask, position_ids, every, past_key_values)
+            logits = self.lm_head(hidden).unflatten(0, input_ids.shape)
             loss = (
                 None if labels is None else nn.functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten())
             )
             return MaskedLMOutput(loss=loss, logits=logits)
-        hidden = self.select_hidden(input_ids, attention_mask, position_ids, positions)
-        mask_token_id = self.config.mask_token_id
-        if "logits" not in want and self._is_worth_chunking(hidden):
-            out = summarise_hidden(hidden, self.lm_head.weight, targets, want, mask_token_id)
-        else:
-            out = summarise_logits(self.lm_head(hidden), targets, want, mask_token_id)
-        return {name: value for name in OUTPUTS if (value := getattr(out, name)) is not None}
+        hidden = self.select_hidden(input_ids, attention_mask, position_ids, positions, past_key_values)
+        numbers: dict[str, Tensor] = {}
+        if "scalar" in want:
+            numbers["scalar"] = self._scalar(hidden, positions, scalar_head)
+        if wanted := [name for name in want if name != "scalar"]:
+            out = self._summary(hidden, targets, wanted)
+            numbers |= {name: value for name in OUTPUTS if (value := getattr(out, name)) is not None}
+        return numbers
 
     def select_hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, positions: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        positions: Tensor,  # (b, T) bool
+        past_key_values: Any = None,
     ) -> Tensor:
-        """Final hidden states (N, H) at `positions`; a family with a cheaper way or a shift overrides this."""
-        out = self.model(input_ids, attention_mask=attention_mask, position_ids=position_ids)
-        return out.last_hidden_state[positions]
+        """Final hidden states (N, H) at `positions`; a family with a cheaper way overrides this."""
+        out = self.model(
+            input_ids,
+            attention_mask=self.attention(input_ids, attention_mask, position_ids, past_key_values),
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=past_key_values is not None,
+        )
+        return self.align(out.last_hidden_state)[positions]
+
+    def attention(
+        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, past_key_values: Any
+    ) -> Any:
+        """What the backbone is told of who sees whom; a family that is not fully bidirectional overrides this."""
+        return attention_mask
+
+    def align(self, hidden: Tensor) -> Tensor:
+        """Hidden states (b, T, H) so that number i is about token i; a family with a shift overrides this."""
+        return hidden
+
+    def _summary(self, hidden: Tensor, targets: Tensor | None, want: Sequence[str]) -> TokenOutput:
+        if "logits" not in want and self._is_worth_chunking(hidden):
+            mask_token_id = self.config.mask_token_id
+            return summarise_hidden(hidden, self.lm_head.weight, targets, want, mask_token_id, self.cross_entropy)
+        return summarise_logits(self.lm_head(hidden), targets, want, self.config.mask_token_id)
+
+    def _scalar(self, hidden: Tensor, positions: Tensor, name: str | None) -> Tensor:
+        if name not in getattr(self, "scalar_heads", ()):
+            raise ValueError(f"no scalar head {name!r} on this model; add one with the adapter that trains it")
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        rows = positions.nonzero()[:, 0]  # (N,) row of each wanted position
+        total = hidden.new_zeros(len(positions), hidden.shape[-1], dtype=wide).index_add(0, rows, hidden.to(wide))
+        pooled = total / positions.sum(1, keepdim=True).clamp(min=1)
+        return self.scalar_heads[name](pooled).squeeze(-1)
 
     def _is_worth_chunking(self, hidden: Tensor) -> bool:
         """Whether the logits are large, and the head a bare matrix that may be read without calling the module.
@@ -70,4 +121,4 @@ class MaskedLMHead:
         head = self.lm_head
         is_bare = type(head) is nn.Linear and head.bias is None
         is_bare = is_bare and not head._forward_pre_hooks and not head._forward_hooks
-        return is_bare and len(hidden) * head.out_features > outputs.CHUNK_NUMBERS
+        return is_bare and len(hidden) * head.out_features > chunked_head.CHUNK_NUMBERS

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from unmask.errors import DataError, ModelError
+from unmask.models import adapter_files
+from unmask.models.adapters import POLICY, LoraConfig, Switch, add
 from unmask.types import TokenOutput
 
 
@@ -20,18 +27,73 @@ class MaskedPolicy:
     evaluation mode, gradients or not: dropout would make the ratio at theta = old differ from 1.
     """
 
-    def __init__(self, module: nn.Module, tokenizer: Any, name: str = "model"):
+    def __init__(self, module: nn.Module, tokenizer: Any, name: str = "model", stop_tokens: Sequence[str] = ()):
+        """`stop_tokens`: texts of tokens that end a completion, beside the configuration's eos_token_id."""
         self.module, self.tokenizer, self.name = module.eval(), tokenizer, name
+        self.switch = Switch(module) if hasattr(module, "peft_config") else None
         config: Any = module.config
         self.mask_token_id: int = config.mask_token_id
         self.pad_token_id: int = config.pad_token_id
         eos = config.eos_token_id
-        self.stop_token_ids: tuple[int, ...] = tuple(eos) if isinstance(eos, list | tuple) else (eos,)
+        stops = list(eos) if isinstance(eos, list | tuple) else [eos]
+        vocabulary = tokenizer.get_vocab() if stop_tokens else {}
+        stops += [vocabulary[text] for text in stop_tokens if text in vocabulary]
+        self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
         self.max_length: int = config.max_position_embeddings
+        self.block_size: int | None = getattr(config, "block_size", None)
+        self._checkpointed: list[nn.Module] = []
 
     @property
     def device(self) -> torch.device:
         return next(self.module.parameters()).device
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters; "default" is the policy's. Empty without adapters."""
+        return self.switch.names if self.switch else ()
+
+    def use(self, adapter: str | None) -> AbstractContextManager[None]:
+        """The named adapter, or none, is active in the block; see `Switch.use`. Raises: ModelError."""
+        if self.switch:
+            return self.switch.use(adapter)
+        if adapter is None:
+            return nullcontext()
+        raise ModelError(f"{self.name}: no adapter {adapter!r}; the model has none. Give model.lora, or load one.")
+
+    def with_adapter(self, adapter: str | None) -> AdapterView:
+        """This policy with another adapter active, or none, for scoring without gradient: a reference."""
+        return AdapterView(self, adapter)
+
+    def add_adapter(
+        self, name: str, config: LoraConfig, *, seed: int, is_trained: bool = True, has_scalar_head: bool = False
+    ) -> None:
+        """Another adapter on the same base, such as one with a scalar head for an energy. Raises: ModelError."""
+        if self.switch is None:
+            raise ModelError(f"{self.name}: adapters go beside the policy's own. Give model.lora first.")
+        add(self.switch, name, config, seed=seed, is_trained=is_trained, has_scalar_head=has_scalar_head)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Layers keep their input alone for the backward pass and compute the rest again. Raises: ModelError."""
+        self._checkpointed = [x for x in self.module.modules() if isinstance(x, GradientCheckpointingLayer)]
+        if not self._checkpointed:
+            raise ModelError(
+                f"{self.name}: this model does not support gradient checkpointing. Set model.gradient_checkpointing = "
+                "false."
+            )
+        for layer in self._checkpointed:
+            layer.gradient_checkpointing = True  # type: ignore[assignment]
+            # no random numbers to replay: nothing here draws any
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # type: ignore[assignment]
+
+    def new_cache(self) -> DynamicCache:
+        """An empty cache of keys and values, exact for block-causal models only. Raises: ModelError for others."""
+        if self.block_size is None:
+            raise ModelError(f"{self.name}: sees in both directions, so cached keys and values would not be exact.")
+        return DynamicCache()
+
+    def forget(self, cache: DynamicCache, num_tokens: int) -> None:
+        """Drop the last tokens of a cache."""
+        cache.crop(-num_tokens)
 
     def token_outputs(
         self,
@@ -41,9 +103,31 @@ class MaskedPolicy:
         *,
         targets: Tensor | None = None,
         want: Sequence[str] = ("logits",),
+        cache: DynamicCache | None = None,
     ) -> TokenOutput:
         """See `Policy.token_outputs`."""
-        return TokenOutput(**self.module(canvas, attention_mask, positions=positions, targets=targets, want=want))
+        options: dict[str, Any] = {"targets": targets, "want": want}
+        if cache is not None:
+            options["past_key_values"] = cache
+        if "scalar" in want:
+            options["scalar_head"] = self.switch.active if self.switch else None
+        with self._checkpointing():
+            numbers = self.module(canvas, attention_mask, positions=positions, **options)
+        if self.switch and torch.is_grad_enabled():
+            self.switch.watch(numbers)
+        return TokenOutput(**numbers)
+
+    @contextmanager
+    def _checkpointing(self) -> Iterator[None]:
+        """Layers checkpoint in training mode only; what is inside them stays in evaluation mode, without dropout."""
+        is_on = torch.is_grad_enabled()
+        for layer in self._checkpointed:
+            layer.training = is_on
+        try:
+            yield
+        finally:
+            for layer in self._checkpointed:
+                layer.training = False
 
     def render(self, prompt: str | list[dict[str, str]]) -> str:
         """The text the model reads: a string as it is, messages through the chat template."""
@@ -127,8 +211,35 @@ class MaskedPolicy:
         rows = [row[:length] for row, length in zip(completion_ids.tolist(), lengths, strict=True)]
         return [self.tokenizer.decode(row, skip_special_tokens=True) for row in rows]
 
-    def save(self, directory: Path, module: nn.Module | None = None) -> None:
-        """Write model and tokenizer as an ordinary transformers directory (safetensors)."""
-        model: Any = module or self.module
-        model.save_pretrained(directory)
+    def save(self, directory: Path, module: Any = None, state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the model, or its adapter alone where it has one, and the tokenizer (safetensors).
+
+        `state` holds the whole tensors of a module whose own are slices.
+        """
+        if self.switch:
+            base = self.switch.module.peft_config[POLICY].base_model_name_or_path or self.name
+            adapter_files.save(directory, self.switch, base, state=state)
+        else:
+            model: Any = module or self.module
+            model.save_pretrained(directory, state_dict=state)
         self.tokenizer.save_pretrained(directory)
+
+
+class AdapterView(MaskedPolicy):
+    """A policy with another adapter active, without gradient; it shares everything else with its parent."""
+
+    def __init__(self, parent: MaskedPolicy, adapter: str | None):
+        self.__dict__.update({key: value for key, value in vars(parent).items() if key != "module"})
+        self.parent, self.adapter = parent, adapter
+        self.name = "reference"
+
+    @property
+    def module(self) -> nn.Module:  # type: ignore[override]
+        """The parent's, also after it has been wrapped."""
+        return self.parent.module
+
+    @torch.no_grad()
+    def token_outputs(self, *args: Any, **kwargs: Any) -> TokenOutput:
+        """See `Policy.token_outputs`."""
+        with self.parent.use(self.adapter):
+            return self.parent.token_outputs(*args, **kwargs)

@@ -6,6 +6,8 @@ because a cell's row, column and box are facts about its absolute place.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,11 +15,14 @@ from tokenizers import Regex, Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as token_models
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaPreTrainedModel, LlamaRMSNorm
 
+from unmask.errors import ConfigError
 from unmask.models.heads import MaskedLMHead
+from unmask.models.policy import MaskedPolicy
 
 SPECIAL_TOKENS = (
     "<|pad|>", "<|eos|>", "<|mask|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|system|>", "<|eot|>",
@@ -96,7 +101,7 @@ class TinyAttention(nn.Module):
         return self.o_proj(mixed if positions is None else mixed[positions])
 
 
-class TinyLayer(nn.Module):
+class TinyLayer(GradientCheckpointingLayer):
     """Pre-norm attention and SwiGLU, each with a residual; with `positions`, at the wanted positions only."""
 
     def __init__(self, config: TinyConfig, layer_idx: int):
@@ -118,7 +123,7 @@ class TinyPreTrainedModel(LlamaPreTrainedModel):
     _can_record_outputs = None
     _supports_flash_attn = False
     _supports_flex_attn = False
-    supports_gradient_checkpointing = False
+    supports_gradient_checkpointing = True
 
 
 class TinyModel(TinyPreTrainedModel):
@@ -144,11 +149,7 @@ class TinyModel(TinyPreTrainedModel):
         Nothing reads the other positions of the last layer, so their output projection and MLP are not computed.
         """
         if position_ids is None:
-            if attention_mask is None:
-                position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
-            else:
-                # pads take no position, so a row's numbers do not depend on the amount of padding
-                position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
         hidden = self.embed_tokens(input_ids) + self.embed_positions(position_ids)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         for layer in self.layers[:-1]:
@@ -167,6 +168,65 @@ class TinyForMaskedLM(MaskedLMHead, TinyPreTrainedModel):
         self.post_init()
 
     def select_hidden(
-        self, input_ids: Tensor, attention_mask: Tensor | None, position_ids: Tensor | None, positions: Tensor
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        positions: Tensor,
+        past_key_values: Any = None,
     ) -> Tensor:
         return self.model(input_ids, attention_mask, position_ids, positions).last_hidden_state
+
+
+@dataclass(frozen=True)
+class TinyModelConfig:
+    """A new embedded model, initialised from a seed."""
+
+    alphabet: str = "0123456789|"
+    """Characters that get a token each, behind eight special tokens."""
+    hidden_size: int = 64
+    """Width."""
+    num_layers: int = 3
+    """Transformer layers."""
+    num_heads: int = 4
+    """Attention heads; must divide hidden_size."""
+    intermediate_size: int = 192
+    """Inner width of the SwiGLU."""
+    max_length: int = 64
+    """Positions, tokens; prompt and completion must fit."""
+    init_std: float = 0.125
+    """Standard deviation of the initial weights, 1/sqrt(width). With 0.02 Sudoku is learned later, and the habits of
+    the supervised teacher hardly at all."""
+
+    def __post_init__(self) -> None:
+        for key in ("hidden_size", "num_layers", "num_heads", "intermediate_size", "max_length"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"model.tiny.{key} = {getattr(self, key)}: must be at least 1. Try the default.")
+        if self.hidden_size % self.num_heads:
+            raise ConfigError(
+                f"model.tiny.num_heads = {self.num_heads}: must divide model.tiny.hidden_size = {self.hidden_size}. "
+                "Try 4."
+            )
+        if not (math.isfinite(self.init_std) and 0 < self.init_std <= 1):
+            raise ConfigError(f"model.tiny.init_std = {self.init_std}: must be above 0 and at most 1. Try 0.125.")
+        if not self.alphabet:
+            raise ConfigError("model.tiny.alphabet = '': must name the characters of the task. Try '0123456789|'.")
+
+
+def build_tiny(config: TinyModelConfig, *, seed: int) -> MaskedPolicy:
+    """A new embedded model with a character tokenizer."""
+    tokenizer = character_tokenizer(config.alphabet)
+    fields = TinyConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_layers,
+        num_attention_heads=config.num_heads,
+        intermediate_size=config.intermediate_size,
+        max_position_embeddings=config.max_length,
+        initializer_range=config.init_std,
+    )
+    # transformers initialises from the global generators; leave them as they were
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        model = TinyForMaskedLM(fields)
+    return MaskedPolicy(model, tokenizer, name="embedded model")

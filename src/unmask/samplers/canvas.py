@@ -25,9 +25,8 @@ class Canvas:
     rollout_index: Tensor  # (B, 1) int64
     reveal_step: Tensor  # (B, L) int64
     logps: Tensor  # (B, L) float64, nats
+    nfe: Tensor  # (B, 1) int64, forwards that the row took part in and that a `write` answered
     on_step: Callable[[Tensor], None] | None
-    num_steps: int = 0
-    """Forwards made and answered by `write`."""
 
     @property
     def prompt_length(self) -> int:
@@ -40,7 +39,16 @@ class Canvas:
         slots: Tensor,  # (B, k) int64, ascending in every row
     ) -> Tensor:  # (B·k, V), row by row
         """One forward of the whole canvas; logits of the given slots only."""
-        positions = torch.zeros_like(self.ids, dtype=torch.bool).scatter_(1, slots + self.prompt_length, True)
+        return self.logits_where(policy, torch.zeros_like(self.logps, dtype=torch.bool).scatter_(1, slots, True))
+
+    def logits_where(
+        self,
+        policy: Policy,
+        wanted: Tensor,  # (B, L) bool, N of them
+    ) -> Tensor:  # (N, V), row by row
+        """As `logits`, for rows that want unequally many slots."""
+        positions = torch.zeros_like(self.ids, dtype=torch.bool)
+        positions[:, self.prompt_length :] = wanted
         logits = policy.token_outputs(self.ids, self.attention_mask, positions, want=("logits",)).logits
         assert logits is not None, "a policy returns what it is asked for"
         return logits
@@ -63,8 +71,24 @@ class Canvas:
         """Fix tokens and close the step."""
         self.ids.scatter_(1, slots + self.prompt_length, tokens)
         self.logps.scatter_(1, slots, logps)
-        self.reveal_step.scatter_(1, slots, self.num_steps)
-        self.num_steps += 1
+        self.reveal_step.scatter_(1, slots, self.nfe.expand_as(slots))
+        self._close_step(torch.ones_like(self.nfe))
+
+    def write_where(
+        self,
+        chosen: Tensor,  # (B, L) bool, n of them
+        tokens: Tensor,  # (n,) int64, row by row
+        logps: Tensor,  # (n,) float64, nats
+        took_part: Tensor | None = None,  # (B, 1) bool; None: every row
+    ) -> None:
+        """As `write`, for rows that fix unequally many slots; the step counts for the rows that took part."""
+        self.ids[:, self.prompt_length :].masked_scatter_(chosen, tokens)
+        self.logps.masked_scatter_(chosen, logps)
+        self.reveal_step.copy_(torch.where(chosen, self.nfe, self.reveal_step))
+        self._close_step(torch.ones_like(self.nfe) if took_part is None else took_part)
+
+    def _close_step(self, forwards: Tensor) -> None:
+        self.nfe += forwards
         if self.on_step is not None:
             self.on_step(self.ids.clone())  # a copy, so that the caller may keep it
 
@@ -81,8 +105,7 @@ class Canvas:
                 f"first: prompt {int(self.prompt_key[row])}, completion position {slot}. "
                 "Check the weights; a lower learning rate keeps training from getting here."
             )
-        nfe = torch.full_like(self.reveal_step[:, 0], self.num_steps)
-        return Samples(self.ids[:, self.prompt_length :].clone(), self.reveal_step, self.logps, nfe)
+        return Samples(self.ids[:, self.prompt_length :].clone(), self.reveal_step, self.logps, self.nfe[:, 0])
 
 
 def open_canvas(
@@ -91,13 +114,28 @@ def open_canvas(
     gen_length: int,
     on_step: Callable[[Tensor], None] | None = None,
 ) -> Canvas:
-    """Every prompt followed by `gen_length` mask tokens, on the policy's device.
+    """Every prompt followed by `gen_length` mask tokens, on the policy's device, for a model that reads all of it.
 
-    Raises: ConfigError if a prompt leaves no room for them in the model.
+    Raises: ConfigError if a prompt leaves no room for them in the model, or the model reads block by block.
     """
+    if policy.block_size is not None:
+        raise ConfigError(
+            f"sampler.type: this model reads its text in blocks of {policy.block_size} tokens and cannot see masks in "
+            "blocks to come, which this sampler shows it. Use sampler.type = 'block_diffusion'."
+        )
+    require_room(policy, prompts.prompt_mask, gen_length)
+    return new_canvas(policy, prompts, gen_length, on_step)
+
+
+def new_canvas(
+    policy: Policy,
+    prompts: PromptBatch,
+    gen_length: int,
+    on_step: Callable[[Tensor], None] | None = None,
+) -> Canvas:
+    """As `open_canvas`, without its checks."""
     prompt_ids = prompts.prompt_ids.to(policy.device)
     prompt_mask = prompts.prompt_mask.to(policy.device)
-    _require_room(policy, prompt_mask, gen_length)
     shape = (len(prompts), gen_length)
     masks = prompt_ids.new_full(shape, policy.mask_token_id)
     attention_mask = None
@@ -110,11 +148,17 @@ def open_canvas(
         rollout_index=prompts.rollout_index.to(policy.device)[:, None],
         reveal_step=torch.full_like(masks, -1),
         logps=torch.zeros(shape, dtype=torch.float64, device=policy.device),
+        nfe=masks.new_zeros(len(prompts), 1),
         on_step=on_step,
     )
 
 
-def _require_room(policy: Policy, prompt_mask: Tensor, gen_length: int) -> None:
+def require_room(
+    policy: Policy,
+    prompt_mask: Tensor,  # (B, P)
+    gen_length: int,
+) -> None:
+    """Raises: ConfigError if a prompt and `gen_length` tokens are more than the model has positions."""
     if prompt_mask.shape[1] + gen_length <= policy.max_length:
         return
     longest = int(prompt_mask.sum(1).max())  # pads take no position

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from unmask.samplers.canvas import Canvas, open_canvas
-from unmask.samplers.draw import draw_tokens, token_logps, token_probabilities
+from unmask.samplers.draw import draw_tokens, token_probabilities
 from unmask.samplers.order import fill_in_random_order
 from unmask.samplers.plan import check_lengths, check_steps, reveal_counts
+from unmask.samplers.surest import fix_surest
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
 
 
@@ -113,13 +114,6 @@ def _fix_surest(
 ) -> Tensor:  # (B, r - count) int64, ascending
     """One step: a token for every open slot, the `count` most confident are fixed. Returns the slots still open."""
     logits = canvas.logits(policy, open_slots)  # (B·r, V)
-    uniforms = None if noise is None else canvas.uniforms(noise, canvas.num_steps, open_slots).flatten()
+    uniforms = None if noise is None else canvas.uniforms(noise, canvas.nfe, open_slots).flatten()
     tokens = draw_tokens(logits, temperature, uniforms)  # (B·r,)
-    confidence = token_probabilities(logits, tokens).view_as(open_slots)
-    ranked = confidence.argsort(dim=1, descending=True, stable=True)  # stable: the lower position of equals first
-    fixed, kept = ranked[:, :count], ranked[:, count:].sort(1).values
-    first = torch.arange(len(ranked), device=ranked.device)[:, None] * ranked.shape[1]
-    chosen = (first + fixed).flatten()  # (B·count,) rows of logits
-    logps = token_logps(logits[chosen], tokens[chosen], torch.float64)
-    canvas.write(open_slots.gather(1, fixed), tokens[chosen].view_as(fixed), logps.view_as(fixed))
-    return open_slots.gather(1, kept)
+    return fix_surest(canvas, open_slots, logits, tokens, token_probabilities(logits, tokens), count)

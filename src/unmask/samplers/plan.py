@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import math
 
+import torch
+from torch import Tensor
+
 from unmask.errors import ConfigError
 
 
@@ -14,6 +17,26 @@ def reveal_counts(num_tokens: int, num_steps: int) -> list[int]:
     """
     base, extra = divmod(num_tokens, num_steps)
     return [base + (step < extra) for step in range(num_steps)]
+
+
+def time_grid_counts(num_tokens: int, num_steps: int) -> list[int]:
+    """Tokens to fix in each step from t to s: int(tokens left * (1 - s/t)), in the last step all that are left.
+
+    Rounded down from float32 products, as published: with one step per token the first step fixes none, which the
+    last makes up for. Source: Dream, arXiv:2508.15487.
+    """
+    counts: list[int] = []
+    for share in time_grid_shares(num_steps):
+        counts.append(int((num_tokens - sum(counts)) * share))
+    return counts
+
+
+def time_grid_shares(num_steps: int) -> Tensor:  # (S,) float32
+    """1 - s/t for each step of the grid of times from 1 down to 1e-3; 1 for the last step, which leaves nothing."""
+    times = torch.linspace(1, 1e-3, num_steps + 1)  # on the CPU, so that the counts are the same on every machine
+    shares = 1 - times[1:] / times[:-1]
+    shares[-1] = 1
+    return shares
 
 
 def check_lengths(gen_length: int, block_length: int | None, temperature: float) -> None:
