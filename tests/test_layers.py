@@ -15,18 +15,20 @@ SOURCE = Path(__file__).parents[1] / "src" / "unmask"
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("estimate",),
+    ("footprint",),
     ("api", "plan", "merging"),
-    ("launch",),
+    ("launch", "skeleton"),
     ("bases",),
     ("build", "run_log", "self_check"),
     ("trainer",),
-    ("evaluation", "report", "doctor", "detectors"),
+    ("evaluation", "report", "doctor", "detectors", "memory_model"),
     ("rollout", "runs", "checkpoint", "demonstrations"),
     ("objectives", "scoring", "samplers", "sharding"),
     ("corruption", "likelihood", "advantages", "models", "tasks"),
     ("noise", "ranks"),  # tasks draw their puzzles with noise
     ("config",),
-    ("types", "optional", "places", "isolation", "files"),
+    ("types", "optional", "places", "isolation", "files", "machines"),
     ("errors",),
     ("unmask",),  # the package itself: the version, and names that are looked up when first used
     ("_auto",),

@@ -195,7 +195,9 @@ class Rehearsal:
             "preserve_rng_state": False,  # there are no generators of the meta device
             "context_fn": lambda: (nullcontext(), self.stage),
         }
-        self.module.gradient_checkpointing_enable(settings)  # type: ignore[operator]
+        # transformers renamed it during version 5
+        enable = getattr(self.module, "activation_checkpointing_enable", None)
+        (enable or self.module.gradient_checkpointing_enable)(settings)  # type: ignore[operator]
         self.module.train()  # transformers checkpoints in training mode only
 
     def sample(self, canvases: Canvases, temperature: float) -> Counter[str]:

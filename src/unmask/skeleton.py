@@ -133,7 +133,10 @@ def open_skeleton(model: ModelConfig, config_file: Path | None = None) -> Skelet
         config.mask_token_id = 0
     module.cross_entropy = model.cross_entropy
     try:
-        tokenizer = family.tokenizer_class.from_pretrained(source, trust_remote_code=False)
+        # with a config.json of its own, the estimate asks nothing of the hub
+        tokenizer = family.tokenizer_class.from_pretrained(
+            source, trust_remote_code=False, local_files_only=config_file is not None
+        )
         policy = MaskedPolicy(module, tokenizer, str(source))
     except (OSError, ValueError):
         policy = None
@@ -185,7 +188,7 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     """The blocks of the model."""
     count = int(module.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     lists = [m for m in module.modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    return list(max(lists, key=lambda m: sum(p.numel() for p in m.parameters())))
+    return [*max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))]
 
 
 def _tiny_base(model: ModelConfig) -> Any:

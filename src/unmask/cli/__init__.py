@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"unmask {__version__}")
-    commands = "\n".join(f"{name:8s}{about}" for name, about in COMMANDS.items())
+    commands = "\n".join(f"{name:10s}{about}" for name, about in COMMANDS.items())
     parser.add_argument("command", choices=list(COMMANDS), metavar="COMMAND", help=commands.replace("\n", "; "))
     try:
         return run(parser.parse_args(args[:1]).command, args[1:])

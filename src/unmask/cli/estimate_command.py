@@ -97,7 +97,7 @@ def utilisation(text: str | None) -> dict[str, float]:
     if text is None:
         return dict(UTILISATION)
     phases = {LABELS.get(key, key): key for key in UTILISATION}  # as they are shown
-    found = {}
+    found: dict[str, float] = {}
     for part in text.split(","):
         name, _, value = part.rpartition("=")
         try:
