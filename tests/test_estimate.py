@@ -15,14 +15,13 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from tests.estimate_run import read
-from unmask import skeleton
 from unmask.build import Recipe, train_recipe
 from unmask.cli import main
 from unmask.errors import ConfigError, ModelError
-from unmask.estimate import costs, estimate_run
-from unmask.footprint import Footprint, Lengths, warnings
-from unmask.machines import GIB, MACHINES, UTILISATION, Machine, Setting
-from unmask.memory_model import META, Canvases, Ledger, Rehearsal, adapt
+from unmask.estimation import costs, estimate_run, skeleton
+from unmask.estimation.footprint import Footprint, Lengths, warnings
+from unmask.estimation.machines import GIB, MACHINES, UTILISATION, Machine, Setting
+from unmask.estimation.memory_model import META, Canvases, Ledger, Rehearsal, adapt
 from unmask.models.adapters import LoraConfig, wrap
 from unmask.models.llada import LLaDAConfig, LLaDAForMaskedLM
 from unmask.models.tiny import character_tokenizer

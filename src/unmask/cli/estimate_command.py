@@ -26,9 +26,9 @@ from unmask.api import recipe_tables
 from unmask.build import Recipe, sft_recipe, train_recipe
 from unmask.cli.eval_command import check_output
 from unmask.errors import ConfigError
-from unmask.estimate import LABELS, Estimate, estimate_run
-from unmask.footprint import PARTS
-from unmask.machines import GIB, MACHINES, UTILISATION, Setting
+from unmask.estimation import LABELS, Estimate, estimate_run
+from unmask.estimation.footprint import PARTS
+from unmask.estimation.machines import GIB, MACHINES, UTILISATION, Setting
 from unmask.plan import size
 from unmask.runs import write_atomic
 

@@ -18,10 +18,10 @@ from typing import Any
 from unmask.build import Recipe
 from unmask.demonstrations import read_demonstrations
 from unmask.errors import ConfigError, UnmaskError
-from unmask.footprint import PARTS, Footprint, Lengths, warnings
-from unmask.machines import GIB, MACHINES, Machine, Setting, this_machine
+from unmask.estimation.footprint import PARTS, Footprint, Lengths, warnings
+from unmask.estimation.machines import GIB, MACHINES, Machine, Setting, this_machine
+from unmask.estimation.skeleton import Skeleton, open_skeleton
 from unmask.plan import Passes, count_passes
-from unmask.skeleton import Skeleton, open_skeleton
 from unmask.types import Example
 
 DEFAULT_PROMPT_TOKENS = 200

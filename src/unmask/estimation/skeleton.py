@@ -14,7 +14,7 @@ from torch import nn
 from unmask.bases import model_directory
 from unmask.build import ModelConfig, supervised_base
 from unmask.errors import DataError, ModelError
-from unmask.memory_model import META, adapt
+from unmask.estimation.memory_model import META, adapt
 from unmask.models import MaskedPolicy, build_tiny, stored_dtype
 from unmask.models.adapter_files import base_of, is_adapter
 from unmask.models.adapters import TARGETS

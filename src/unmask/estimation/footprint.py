@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from unmask.build import Recipe
-from unmask.machines import GIB, Machine, Setting
-from unmask.memory_model import Canvases, Rehearsal
+from unmask.estimation.machines import GIB, Machine, Setting
+from unmask.estimation.memory_model import Canvases, Rehearsal
+from unmask.estimation.skeleton import Skeleton, open_skeleton
 from unmask.models import LoraConfig
 from unmask.noise import Noise
 from unmask.plan import Decoding, batch_rows, num_parts, rehearse
 from unmask.scoring import micro_batches
-from unmask.skeleton import Skeleton, open_skeleton
 from unmask.types import Corruption, Rollouts
 
 PARTS = ("weights", "reference", "optimizer", "gradients", "activations", "logits", "rollouts", "buffers")
