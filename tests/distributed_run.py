@@ -2,7 +2,7 @@
 
 python -m tests.distributed_run STARTED ARGS... [then ARGS...]      `kill=N` in ARGS: rank 1 gets SIGTERM in update N
 
-`FSDP_NAME=VALUE` in ARGS: a setting of the launcher, from there on.
+`FSDP_NAME=VALUE` or `ACCELERATE_NAME=VALUE` in ARGS: a setting of the launcher, from there on.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class KilledLog(RunLog):
 
 def run(args: list[str]) -> int:
     """One command; its exit status, 0 if it was killed as wanted."""
-    settings = [arg for arg in args if arg.startswith("FSDP_")]
+    settings = [arg for arg in args if arg.startswith(("FSDP_", "ACCELERATE_"))]
     os.environ.update(dict(setting.split("=") for setting in settings))
     kills = [arg for arg in args if arg.startswith("kill=")]
     KilledLog.update = int(kills[0].removeprefix("kill=")) if kills else 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -171,7 +172,6 @@ def test_one_process_goes_on_from_a_sharded_checkpoint(runs, tmp_path):
         ("FSDP_OFFLOAD_PARAMS", "true", "fsdp_offload_params = true: must be false here"),
         ("FSDP_CPU_RAM_EFFICIENT_LOADING", "true", "fsdp_cpu_ram_efficient_loading = true: must be false here"),
         ("FSDP_ACTIVATION_CHECKPOINTING", "true", "model.gradient_checkpointing = true does that"),
-        ("ACCELERATE_USE_DEEPSPEED", "true", "fsdp2.yaml"),
     ],
 )
 def test_what_cannot_be_kept_of_the_launchers_settings_is_refused(variable, value, message, monkeypatch):
@@ -181,3 +181,10 @@ def test_what_cannot_be_kept_of_the_launchers_settings_is_refused(variable, valu
     with pytest.raises(ConfigError, match=message) as caught:
         check_launcher()
     assert "\n" not in str(caught.value)
+
+
+def test_deepspeed_is_an_extra(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setitem(sys.modules, "deepspeed", None)  # as if it were not installed
+    with pytest.raises(ConfigError, match=r"pip install 'unmask\[deepspeed\]'"):
+        check_launcher()

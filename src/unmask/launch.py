@@ -33,7 +33,7 @@ from unmask.ranks import gather_objects, own_rows, rank
 from unmask.rollout import DemonstrationSource, GroupSource, Source
 from unmask.run_log import RunLog, SilentView, StopRequest, View, restore_weights
 from unmask.runs import RunDirectory
-from unmask.sharding import check_launcher, sharding_plugin
+from unmask.sharding import check_launcher, sharding_plugin, unknown_to_accelerate
 from unmask.trainer import Trainer
 from unmask.types import Batch, Draw, Example, Sampler
 
@@ -101,13 +101,14 @@ def make_accelerator(tracking: TrackingConfig, run: RunDirectory) -> Accelerator
     for name in tracking.trackers:
         optional(name, "trackers")
     check_launcher()
-    return Accelerator(
-        cpu=not torch.accelerator.is_available(),  # several processes on CPU need the flag
-        log_with=list(tracking.trackers) or None,
-        project_dir=str(run.path),
-        # buffers are constants of the model; sending them would make every forward wait for all processes
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-    )
+    with unknown_to_accelerate():
+        return Accelerator(
+            cpu=not torch.accelerator.is_available(),  # several processes on CPU need the flag
+            log_with=list(tracking.trackers) or None,
+            project_dir=str(run.path),
+            # buffers are constants of the model; sending them would make every forward wait for all processes
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
 
 
 def open_run(output: str | Path, resume: bool) -> RunDirectory:

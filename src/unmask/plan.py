@@ -385,7 +385,7 @@ def checkpoint_bytes(trainer: Trainer) -> int:
     text = json.dumps(
         {
             "trainer": {name: pack(value, name, tensors) for name, value in vars(trainer.state).items()},
-            "optimizer": pack(trainer.optimizer.state_dict(), "optimizer", tensors),
+            "optimizer": pack(trainer.updates.state(keep=True), "optimizer", tensors),
         }
     )
     header = sum(len(name) + 80 for name in tensors)  # type, shape and place of each tensor as JSON

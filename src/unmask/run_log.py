@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
-import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from unmask.errors import Stopped
 from unmask.models import MaskedPolicy
 from unmask.ranks import gather_objects, rank
 from unmask.runs import RunDirectory, replace_file
-from unmask.sharding import gathered, is_sharded, slice_like, whole_tensors
+from unmask.sharding import fill, is_sharded, whole_tensors
 from unmask.trainer import Trainer, TrainerState
 from unmask.types import Batch
 
@@ -197,7 +196,7 @@ class RunLog:
         """Everything the run needs to go on from this boundary; every process takes part."""
         self.saved_step = trainer.state.step
         tensors = self.weights()
-        optimizer = gathered(trainer.optimizer.state_dict(), keep=self.is_writer)
+        optimizer = trainer.updates.state(keep=self.is_writer)
         if not self.is_writer:
             return
         state = {
@@ -218,16 +217,7 @@ class RunLog:
             return False
         tensors, state = found
         restore_weights(self.accelerator.unwrap_model(self.policy.module), tensors)
-        optimizer = unpack(state["optimizer"], tensors)
-        optimizer["state"] = {
-            number: {
-                key: slice_like(value, parameter) if value.shape == parameter.shape else value
-                for key, value in optimizer["state"][str(number)].items()
-            }
-            for number, parameter in enumerate(trainer.parameters)
-            if str(number) in optimizer["state"]
-        }
-        trainer.optimizer.load_state_dict(optimizer)
+        trainer.updates.load(unpack(state["optimizer"], tensors))
         # the rest; weights and optimiser went to the device one slice at a time
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("model.", "optimizer."))}
         tensors = {name: tensor.to(self.policy.device) for name, tensor in rest.items()}
@@ -244,11 +234,10 @@ def trained_parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, p) for name, p in module.named_parameters() if p.requires_grad]
 
 
-@torch.no_grad()
 def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Copy model.<name> tensors into the trained parameters."""
     for name, parameter in trained_parameters(module):
-        parameter.copy_(slice_like(tensors[f"model.{name}"], parameter))
+        fill(parameter, tensors[f"model.{name}"])
 
 
 def rollout_rows(batch: Batch) -> list[dict[str, Any]]:

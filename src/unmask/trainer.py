@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +19,7 @@ from unmask.likelihood import sequence_estimate
 from unmask.ranks import gather_rollouts, gather_rows, num_ranks, own_rows
 from unmask.rollout import Source, TextPolicy, rollout_metrics
 from unmask.scoring import micro_batches, score, score_copies
-from unmask.sharding import is_sharded, place, whole
+from unmask.sharding import make_updates, place
 from unmask.types import Algorithm, Batch, Corruption, Draw, LossInputs, NoiseLike, Rollouts, take_rows
 
 
@@ -189,10 +189,9 @@ class Trainer:
             betas=optimizer_config.betas,
             weight_decay=optimizer_config.weight_decay,
         )
-        if is_sharded(module):
-            self.optimizer = accelerator.prepare_optimizer(optimizer)
-        else:
-            policy.module, self.optimizer = accelerator.prepare(module, optimizer)  # type: ignore[attr-defined]
+        policy.module, self.updates = make_updates(  # type: ignore[attr-defined]
+            module, optimizer, optimizer_config.max_grad_norm, accelerator
+        )
 
     def run(self) -> None:
         """Train from `state` to the end of the planned batches, or until the stop rule is met."""
@@ -265,18 +264,16 @@ class Trainer:
         started = time.perf_counter()
         draw = batch.draws[inner]
         scale = self.optimizer_config.scale(self.state.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.optimizer_config.lr * scale
+        self.updates.set_lr(self.optimizer_config.lr * scale)
         with self.phase("update"):
             logps = self.backward(batch, draw)
-            norm = float(whole(self.accelerator.clip_grad_norm_(self.parameters, self.optimizer_config.max_grad_norm)))
+            norm = self.updates.clip()
             with torch.no_grad():
                 out = self.algorithm.loss(self.loss_inputs(batch, draw, logps))
             self.check_finite(batch, inner, logps, float(out.loss), norm)
             if draw.old_logps is None:
                 draw.old_logps = logps
-            self.optimizer.step()
-            self.optimizer.zero_grad()
+            self.updates.step()
         self.state.step += 1
         row = {
             "step": self.state.step,
@@ -308,7 +305,7 @@ class Trainer:
         for copies, context in self.slices(batch, num_masks):
             with context:
                 live = score_copies(self.policy, batch.rollouts, draw.corruption, copies).logps
-                self.accelerator.backward(num_ranks() * (live * coefficients.flatten(0, 1)[copies]).sum())
+                self.updates.backward(num_ranks() * (live * coefficients.flatten(0, 1)[copies]).sum())
         return logps.detach()
 
     def backward_rows(self, batch: Batch, draw: Draw) -> Tensor:
@@ -325,24 +322,20 @@ class Trainer:
                 current = current.to(live.dtype)
                 logps = torch.cat([current[:first], live, current[last:]])
                 out = self.algorithm.loss(self.loss_inputs(batch, draw, logps))
-                self.accelerator.backward(num_ranks() * out.loss)
+                self.updates.backward(num_ranks() * out.loss)
             current = logps.detach()
         return gather_rows(current[own_rows(len(current))])
 
     def slices(self, batch: Batch, num_masks: int) -> Iterator[tuple[Tensor, AbstractContextManager[Any]]]:
-        """Micro-batches of this process's flat copy indices; gradients are exchanged in the last one's context.
+        """Micro-batches of this process's flat copy indices; in the last one's context gradients are whole.
 
         Processes average their gradients, which is why each multiplies its share of the loss by their number.
         All of them make equally many forwards and backwards: their shares are equally long.
         """
-        module = self.policy.module  # type: ignore[attr-defined]
         rows = own_rows(len(batch.rollouts))
         parts = list(micro_batches(rows.stop - rows.start, num_masks, self.config.micro_batch_size))
         for i, copies in enumerate(parts):
-            is_last = i == len(parts) - 1
-            # sharded gradients are exchanged every time: to wait would mean to hold them whole
-            is_exchanged = is_last or is_sharded(module)
-            context = nullcontext() if is_exchanged else self.accelerator.no_sync(module)
+            context = self.updates.exchanging(i == len(parts) - 1)
             yield (copies + rows.start * num_masks).to(self.policy.device), context
 
     def loss_inputs(self, batch: Batch, draw: Draw, logps: Tensor) -> LossInputs:
@@ -412,7 +405,7 @@ class Trainer:
                 f": {int(bad.any(1).sum())} of {len(bad)} rollouts have non-finite log-probabilities, "
                 f"first at prompt {prompt}, position {position}"
             )
-        self.optimizer.zero_grad()
+        self.updates.discard()
         message = f"{what} at step {self.state.step + 1} (batch {batch.iteration})."
         self.tell("on_fault", self, message)
         raise TrainingError(
