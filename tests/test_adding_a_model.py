@@ -24,7 +24,7 @@ def test_the_family_of_the_page_loads_scores_and_saves(tmp_path, monkeypatch):
         tokenizer = character_tokenizer("0123456789|")
         config = family.MistralDiffusionConfig(
             vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=1, head_dim=8, max_position_embeddings=64, sliding_window=None, pad_token_id=0,
+            num_key_value_heads=1, head_dim=8, max_position_embeddings=64, pad_token_id=0,
             eos_token_id=1, mask_token_id=2,
         )  # fmt: skip
         torch.manual_seed(0)

@@ -14,7 +14,9 @@ from accelerate import Accelerator
 from unmask.build import ModelConfig
 from unmask.errors import ConfigError, ModelError
 from unmask.models import MaskedPolicy, load, with_adapter, with_lora
+from unmask.models.adapter_files import is_adapter
 from unmask.models.adapters import POLICY, REFERENCE
+from unmask.models.files import fetch
 from unmask.sharding import place
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -36,6 +38,7 @@ def open_base(path: str | Path, config: ModelConfig) -> MaskedPolicy:
     """
     dtype = DTYPES[config.dtype]
     is_frozen = config.lora is not None or config.adapter is not None or config.quantization != "none"
+    is_frozen = is_frozen or is_adapter(fetch(path))
     if config.dtype == "auto" and not is_frozen:
         dtype = torch.float32
     return load(path, dtype=dtype, attention=config.attention, quantization=config.quantization)
@@ -89,7 +92,7 @@ def frozen_copy(policy: MaskedPolicy, accelerator: Accelerator | None = None) ->
     module = copy.deepcopy(policy.module).requires_grad_(False)
     if accelerator:
         place(module, accelerator)
-    return MaskedPolicy(module, policy.tokenizer, name="reference")
+    return policy.with_module(module, "reference")
 
 
 def weights_digest(module: torch.nn.Module) -> str:

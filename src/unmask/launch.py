@@ -151,12 +151,7 @@ def train_loop(
         evaluate=evaluator.held_out_row if evaluator else None,
         listeners=(log,),
     )
-    is_restored = resume and log.restore(trainer)
-    if is_restored and carried.get("base_weights") != digest:
-        raise ConfigError(
-            f"--resume {run.path}: the base model is not the one the run began with (its weights have changed). "
-            "Put it back, or start a new run."
-        )
+    is_restored = resume and log.restore(trainer, digest)
     carried["base_weights"] = digest
     if not is_restored:
         if rank() == 0:

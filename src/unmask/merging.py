@@ -43,22 +43,23 @@ def merge(path: str | Path, output: str | Path, *, dtype: str = "auto") -> Merge
     policy = load(model_directory(path), dtype=DTYPES[dtype])
     if policy.switch is None:
         raise ConfigError(f"{path}: this model has no adapter; it is whole as it is.")
+    if hasattr(policy.switch.module.get_base_model(), "scalar_heads"):
+        raise ConfigError(f"{path}: this adapter has a scalar head, which a merged model cannot hold. Keep them apart.")
     canvas = probe(policy)
     before = log_probabilities(policy, canvas)
-    merged = MaskedPolicy(policy.switch.module.merge_and_unload(), policy.tokenizer, policy.name)
+    merged = policy.with_module(policy.switch.module.merge_and_unload(), policy.name)
     after = log_probabilities(merged, canvas)
     merged_dtype = next(merged.module.parameters()).dtype
     tolerance = TOLERANCE[merged_dtype]
-    difference = before - after
-    kl = float((before.exp() * difference.nan_to_num(0.0)).sum(-1).mean())  # the mask token: -inf on both sides
-    if not kl <= tolerance:
+    kl = float((before.exp() * (before - after)).sum(-1).mean())
+    if not (kl <= tolerance and all(bool(p.isfinite().all()) for p in merged.module.parameters())):
         raise ModelError(
-            f"{path}: merged and apart differ by {kl:.2e} nats per token, more than {tolerance:.0e}. "
-            "Merge in float32 (--dtype float32)."
+            f"{path}: merged and apart differ by {kl:.2e} nats per token, and may by {tolerance:.0e}; or weights are "
+            "not finite. Merge in float32 (--dtype float32)."
         )
+    largest = float((before - after).abs().max())
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_directory(target, merged.save)
-    largest = float(difference.nan_to_num(0.0).abs().max())
     return MergeReport(
         target, kl, largest, tolerance, str(next(merged.module.parameters()).dtype).removeprefix("torch.")
     )
@@ -76,7 +77,8 @@ def probe(policy: MaskedPolicy) -> Tensor:
 
 @torch.no_grad()
 def log_probabilities(policy: MaskedPolicy, canvas: Tensor) -> Tensor:
-    """(N, V), of every position, -inf for the mask token."""
+    """(N, V - 1), of every position and every token but the mask token."""
     logits = policy.token_outputs(canvas, None, torch.ones_like(canvas, dtype=torch.bool)).logits
     assert logits is not None  # a policy returns what it is asked for
-    return logits.log_softmax(-1)
+    tokens = torch.arange(logits.shape[-1], device=logits.device) != policy.mask_token_id
+    return logits.log_softmax(-1)[:, tokens]

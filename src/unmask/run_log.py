@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from unmask.checkpoint import pack, read_newest, unpack, write_checkpoint
 from unmask.detectors import Detectors
-from unmask.errors import Stopped
+from unmask.errors import ConfigError, Stopped
 from unmask.models import MaskedPolicy
 from unmask.ranks import gather_objects, rank
 from unmask.runs import RunDirectory, replace_file
@@ -210,12 +210,20 @@ class RunLog:
         name = f"{at.step:08d}-{at.iteration:06d}{'b' if at.batch else 'a'}"  # a batch is done, b the next is there
         write_checkpoint(self.run.path / "checkpoints", name, tensors, state, trainer.config.save_total_limit)
 
-    def restore(self, trainer: Trainer) -> bool:
-        """Go back to the newest good checkpoint; False if there is none."""
+    def restore(self, trainer: Trainer, base_weights: str) -> bool:
+        """Go back to the newest good checkpoint; False if there is none.
+
+        Raises: ConfigError, before anything is changed, if it is not of a run that began with these weights.
+        """
         found = read_newest(self.run.path / "checkpoints", self.view.note)
         if found is None:
             return False
         tensors, state = found
+        if state["carried"].get("base_weights") != base_weights:
+            raise ConfigError(
+                f"--resume {self.run.path}: the base model is not the one the run began with (its weights have "
+                "changed). Put it back, or start a new run."
+            )
         restore_weights(self.accelerator.unwrap_model(self.policy.module), tensors)
         trainer.updates.load(unpack(state["optimizer"], tensors))
         # the rest; weights and optimiser went to the device one slice at a time

@@ -6,6 +6,7 @@ Importing this room registers the families with transformers' Auto classes.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -63,19 +64,16 @@ def load(
     """Load a model as a policy: a model directory, an adapter directory, or a hub id.
 
     `dtype` None: half precision where the checkpoint has it, else float32. `attention` names one of transformers'
-    implementations. `quantization` "nf4" holds the linear layers in 4 bits. Hub ids go through the local hub cache and
-    respect HF_HUB_OFFLINE; no code of the repository is ever run.
+    implementations; a class of transformers without "sdpa" gets "eager" in its place. `quantization` "nf4" holds the
+    linear layers in 4 bits. Hub ids go through the local hub cache and respect HF_HUB_OFFLINE; no code of the
+    repository is ever run.
 
     Raises: ModelError with the way out if the directory is missing, incomplete, damaged or of an unknown family.
     """
     directory = fetch(path)
     if adapter_files.is_adapter(directory):
-        base = adapter_files.base_of(directory)
-        nearby = directory / base  # an adapter may name its base relative to itself
-        policy = load(
-            nearby if os.path.isdir(nearby) else base, dtype=dtype, attention=attention, quantization=quantization
-        )
-        return with_adapter(policy, directory)
+        base = _base_of_adapter(directory)
+        return with_adapter(load(base, dtype=dtype, attention=attention, quantization=quantization), directory)
     if not os.path.isfile(directory / "config.json"):  # False also where the path itself is impossible
         raise ModelError(
             f"{directory}: no config.json there. Name a model directory, the model/ folder of a run, or a hub id."
@@ -90,7 +88,7 @@ def load(
             model, report = family.model_class.from_pretrained(
                 directory,
                 dtype=dtype or stored_dtype(directory),
-                attn_implementation=attention,
+                attn_implementation=family.attention(attention),
                 output_loading_info=True,
                 use_safetensors=True,
                 ignore_mismatched_sizes=True,  # they are refused below, by name
@@ -101,24 +99,41 @@ def load(
         raise
     except Exception as error:
         raise ModelError(f"{directory}: cannot be loaded ({one_line(error)}). Restore or rewrite the model.") from error
-    _check_report(report, directory)
+    _check_report(report, directory, family.allows_extra)
     _complete_tokens(model.config, tokenizer)
     _check_tokens(model.config, tokenizer, directory)
     broken = next((name for name, p in model.named_parameters() if not bool(p.isfinite().all())), None)
     if broken:
         raise ModelError(f"{directory}: {broken} holds values that are not finite. Restore the weights.")
+    if family.prepare:
+        family.prepare(model, directory)
     if is_hub_id(str(path)):
         _name_repository(model.config, str(path))
     return MaskedPolicy(model, tokenizer, str(path), family.stop_tokens)
 
 
+def _base_of_adapter(directory: Path) -> str | Path:
+    """The model that an adapter belongs to. Raises: ModelError if it is not there, or is an adapter itself."""
+    base = adapter_files.base_of(directory)
+    nearby = directory / base  # an adapter may name its base relative to itself
+    found = fetch(nearby if os.path.isdir(nearby) else base)
+    if not os.path.isfile(found / "config.json"):
+        raise ModelError(
+            f"{directory}: its base model {base} is not there, or no model. Mend base_model_name_or_path in "
+            "adapter_config.json, or give the base as model.path and this directory as model.adapter."
+        )
+    return nearby if os.path.isdir(nearby) else base
+
+
 def with_lora(policy: MaskedPolicy, config: LoraConfig, *, seed: int) -> MaskedPolicy:
     """The policy with a new adapter `default` on a frozen base. Raises: ConfigError for targets it does not have."""
+    _require_bare(policy)
     return _around(policy, wrap(policy.module, config, seed=seed))
 
 
 def with_adapter(policy: MaskedPolicy, path: str | Path) -> MaskedPolicy:
     """The policy with the adapter of a directory (or hub id) as `default` on a frozen base. Raises: ModelError."""
+    _require_bare(policy)
     family = MODELS.get(str(getattr(policy.module.config, "model_type", "")))
     return _around(policy, adapter_files.load_onto(policy.module, fetch(path), family.renames if family else ()))
 
@@ -132,15 +147,23 @@ def stored_dtype(directory: Path) -> torch.dtype:
 
 def _around(policy: MaskedPolicy, module: nn.Module) -> MaskedPolicy:
     """The policy with its module inside another one."""
-    family = MODELS.get(str(getattr(policy.module.config, "model_type", "")))
     module.peft_config["default"].base_model_name_or_path = policy.name  # type: ignore[index, union-attr]
-    return MaskedPolicy(module, policy.tokenizer, policy.name, family.stop_tokens if family else ())
+    return policy.with_module(module, policy.name)
 
 
-def _check_report(report: dict[str, Any], directory: Path) -> None:
-    """Raises: ModelError unless every tensor of the model, and no other, was in the files."""
+def _require_bare(policy: MaskedPolicy) -> None:
+    if policy.switch:
+        raise ConfigError(f"{policy.name}: has an adapter already, and none goes on top. Merge it: unmask merge.")
+
+
+def _check_report(report: dict[str, Any], directory: Path, allows_extra: bool) -> None:
+    """Raises: ModelError unless every tensor of the model, and no other, was in the files.
+
+    Extra tensors are allowed outside of numbered layers only: a layer too many means another model.
+    """
     mismatched = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    wrong = sorted([*report["missing_keys"], *report["unexpected_keys"], *mismatched])
+    extra = [key for key in report["unexpected_keys"] if not allows_extra or re.search(r"\.\d+\.", key)]
+    wrong = sorted([*report["missing_keys"], *extra, *mismatched])
     if wrong:
         raise ModelError(
             f"{directory}: weights do not fit config.json, first at {wrong[0]}. Restore both from one save."

@@ -13,12 +13,14 @@ import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from unmask.errors import ConfigError, ModelError
+from unmask.models.heads import MaskedLMHead
 from unmask.optional import optional
 
 TARGETS = {
@@ -166,8 +168,8 @@ def adapter_parameters(module: nn.Module, name: str) -> Iterator[tuple[str, nn.P
     """Named parameters of one adapter and of its scalar head."""
     for key, parameter in module.named_parameters():
         parts = key.split(".")
-        is_lora = any(part.startswith("lora_") for part in parts) and name in parts
-        if is_lora or ("scalar_heads" in parts and parts[parts.index("scalar_heads") + 1] == name):
+        owners = [after for part, after in pairwise(parts) if part.startswith("lora_") or part == "scalar_heads"]
+        if owners == [name]:
             yield key, parameter
 
 
@@ -185,8 +187,10 @@ def wrap(model: Any, config: LoraConfig, *, seed: int) -> Any:
 
 def add(switch: Switch, name: str, config: LoraConfig, *, seed: int, is_trained: bool, has_scalar_head: bool) -> None:
     """Another adapter, with a scalar head (H -> 1, float32, zero at first) if wanted; what is active stays so."""
-    if name in switch.names:
-        raise ModelError(f"adapter {name!r} is there already. Choose another name.")
+    if name in switch.names or not name.isidentifier():
+        raise ModelError(f"adapter {name!r}: must be a new name of letters, digits and underscores. Choose another.")
+    if has_scalar_head and not isinstance(switch.module.get_base_model(), MaskedLMHead):
+        raise ModelError(f"adapter {name!r}: this family has no scalar heads; those of unmask's own classes have.")
     _check_targets(switch.module.get_base_model(), config.names)
     with adapting(seed):
         switch.module.add_adapter(name, _peft_config(config))

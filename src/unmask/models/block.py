@@ -17,7 +17,7 @@ from transformers.masking_utils import create_bidirectional_mask
 from transformers.models.glm4_moe.modeling_glm4_moe import Glm4MoeModel, Glm4MoePreTrainedModel
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model, Qwen3PreTrainedModel
 
-from unmask.models.files import published
+from unmask.models.files import check_variant, published
 from unmask.models.heads import MaskedLMHead
 
 
@@ -29,8 +29,14 @@ class BlockCausalHead(MaskedLMHead):
     ) -> Any:
         """The block-causal mask, or None for a window within one block behind cached ones, which sees everything.
 
-        Raises: ValueError for a window that a cache cannot serve: padded, or spanning several blocks behind others.
+        Raises: ValueError for a window that a cache cannot serve (padded, or spanning several blocks behind others),
+            and for an attention implementation that takes no such mask.
         """
+        if self.config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+            raise ValueError(
+                f"attention {self.config._attn_implementation!r} cannot express a block-causal mask; "
+                "load the model with 'sdpa'"
+            )
         size, width = self.config.block_size, input_ids.shape[1]
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         if past_key_values is not None and attention_mask is not None and not bool(attention_mask.all()):
@@ -70,6 +76,12 @@ class SDARConfig(Qwen3Config):
     is_causal: bool = False
     use_cache: bool = False
 
+    def __post_init__(self, **kwargs: Any) -> None:
+        given = {**kwargs, "use_sliding_window": self.use_sliding_window, "rope_parameters": self.rope_parameters}
+        check_variant(given, {"use_sliding_window": False, "rope_scaling": None}, "SDAR")
+        _check_block_size(self.block_size)
+        super().__post_init__(**kwargs)
+
     def to_dict(self) -> dict[str, Any]:
         """With the authors' class name, and the rotary base under the key that their class reads."""
         return published(super().to_dict(), self, "SDARForCausalLM")
@@ -105,6 +117,7 @@ _ONLY = {
     "moe_router_enable_expert_bias": True,
     "use_bias": False,
     "norm_head": False,
+    "rope_scaling": None,
 }
 
 
@@ -144,10 +157,9 @@ class LLaDA2Config(Glm4MoeConfig):
         for theirs, ours in _KEYS.items():
             if (value := kwargs.pop(theirs, None)) is not None:
                 setattr(self, ours, value)
-        for key, value in _ONLY.items():
-            found = kwargs.get(key, getattr(self, key, value))
-            if found not in (value, None):
-                raise ValueError(f"{key} = {found!r}: this variant of LLaDA2 is not built, only {value!r} is")
+        given = {**kwargs, "use_qk_norm": self.use_qk_norm, "rope_parameters": self.rope_parameters}
+        check_variant(given, _ONLY, "LLaDA2")
+        _check_block_size(self.block_size)
         if self.rope_parameters is None:
             theta, share = kwargs.pop("rope_theta", 600000.0), kwargs.pop("partial_rotary_factor", 0.5)
             self.rope_parameters = {
@@ -187,6 +199,11 @@ class LLaDA2ForMaskedLM(BlockCausalHead, LLaDA2PreTrainedModel):
         self.model = LLaDA2Model(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+
+def _check_block_size(size: int) -> None:
+    if size < 1:
+        raise ValueError(f"block_size = {size}: must be at least 1 token")
 
 
 class SplitProjections(ConversionOps):

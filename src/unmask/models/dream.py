@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Qwen2Config
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model, Qwen2PreTrainedModel
 
-from unmask.models.files import published
+from unmask.models.files import check_variant, published
 from unmask.models.heads import MaskedLMHead
 
 
@@ -38,9 +38,8 @@ class DreamConfig(Qwen2Config):
     use_cache: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        for key in ("use_mrope", "use_sliding_window"):
-            if kwargs.get(key) or getattr(self, key, False):
-                raise ValueError(f"{key} = true: this variant of Dream is not built, only false is")
+        given = {**kwargs, "use_sliding_window": self.use_sliding_window, "rope_parameters": self.rope_parameters}
+        check_variant(given, {"use_mrope": False, "use_sliding_window": False, "rope_scaling": None}, "Dream")
         super().__post_init__(**kwargs)
 
     def to_dict(self) -> dict[str, Any]:

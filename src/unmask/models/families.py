@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from unmask.errors import ModelError
 from unmask.models.block import LLaDA2Config, LLaDA2ForMaskedLM, SDARConfig, SDARForMaskedLM
 from unmask.models.dream import DreamConfig, DreamForMaskedLM
 from unmask.models.llada import RENAMES, LLaDAConfig, LLaDAForMaskedLM
-from unmask.models.masked_lm import is_masked_lm, masked_lm_classes
+from unmask.models.masked_lm import check_class, is_masked_lm, masked_lm_classes, prepare
 from unmask.models.tiny import TinyConfig, TinyForMaskedLM
 
 
@@ -29,6 +29,14 @@ class Family:
     """Texts of tokens that end a turn, where config.json names only the end of a document."""
     renames: tuple[tuple[str, str], ...] = ()
     """Authors' tensor names (regular expressions) and ours, for adapters that were saved under the former."""
+    allows_extra: bool = False
+    """Whether files may hold tensors that the model has not, outside of its layers: heads of the pretraining."""
+    prepare: Callable[[Any, Path], None] | None = None
+    """What is done to a loaded model, in place; may refuse it."""
+
+    def attention(self, wanted: str) -> str:
+        """The implementation of attention that is built: eager for a class without "sdpa", else the wanted one."""
+        return "eager" if wanted == "sdpa" and not self.model_class._supports_sdpa else wanted
 
 
 MODELS: dict[str, Family] = {
@@ -67,14 +75,16 @@ MODELS: dict[str, Family] = {
 def family_of(config: Mapping[str, Any], directory: Path) -> Family:
     """The family of a config.json.
 
-    Raises: ModelError for a model type that is neither ours nor a masked language model of transformers.
+    Raises: ModelError for a model type that is neither ours nor a bidirectional masked language model of transformers.
     """
     model_type = config.get("model_type")
     if isinstance(model_type, str) and model_type in MODELS:
         return MODELS[model_type]
     if isinstance(model_type, str) and is_masked_lm(model_type):
+        check_class(model_type, config, directory / "config.json")
         config_class, model_class = masked_lm_classes(model_type)
-        return Family(config_class, model_class, "a masked language model of transformers")
+        about = "a masked language model of transformers"
+        return Family(config_class, model_class, about, allows_extra=True, prepare=prepare)
     raise ModelError(
         f"{directory / 'config.json'}: model_type = {model_type!r} is unknown. Known: {', '.join(sorted(MODELS))}, and "
         "the masked language models of transformers, such as modernbert."

@@ -21,8 +21,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether the text can only mean a repository of the hub: `owner/name`, and no such directory here."""
-    return bool(_HUB_ID.fullmatch(name)) and not name.startswith((".", "runs/")) and not os.path.exists(name)
+    """Whether the text can only mean a repository of the hub: `owner/name`, and no directory `owner` is here."""
+    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and not os.path.exists(name.split("/")[0])
 
 
 def fetch(name: str | Path) -> Path:
@@ -69,6 +69,16 @@ def portable(config: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(references, Mapping) and not all("--" in str(value) for value in references.values()):
         del out["auto_map"]
     return out
+
+
+def check_variant(given: Mapping[str, Any], only: Mapping[str, Any], family: str) -> None:
+    """Raises: ValueError for a variant that no released checkpoint uses. None in `given` stands for the usual."""
+    for key, value in only.items():
+        if given.get(key) not in (None, value):
+            raise ValueError(f"{key} = {given[key]!r}: this variant of {family} is not built, only {value!r} is")
+    rope = given.get("rope_parameters")
+    if isinstance(rope, Mapping) and rope.get("rope_type", "default") != "default":
+        raise ValueError(f"rope_type = {rope['rope_type']!r}: this variant of {family} is not built, only 'default' is")
 
 
 def published(written: Mapping[str, Any], config: Any, architecture: str) -> dict[str, Any]:

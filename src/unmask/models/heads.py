@@ -50,7 +50,7 @@ class MaskedLMHead:
         The transformers output holds raw logits (b, T, V), mask token included, and the mean cross-entropy in nats
         over the labelled positions when `labels` is given.
         """
-        if position_ids is None and attention_mask is not None:
+        if position_ids is None and attention_mask is not None and past_key_values is None:
             # pads take no position, so a row's numbers do not depend on the amount of padding
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
         if positions is None:

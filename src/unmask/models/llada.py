@@ -24,7 +24,7 @@ from transformers.models.llama.modeling_llama import (
     eager_attention_forward,
 )
 
-from unmask.models.files import portable
+from unmask.models.files import check_variant, portable
 from unmask.models.heads import MaskedLMHead
 
 # the authors' key: our field
@@ -56,6 +56,7 @@ _ONLY = {
     "include_bias": False,
     "include_qkv_bias": False,
     "bias_for_layer_norm": False,
+    "rope_scaling": None,
 }
 
 _KEPT = ("dtype", "transformers_version", "quantization_config")
@@ -91,9 +92,7 @@ class LLaDAConfig(LlamaConfig):
         ours = ("torch_dtype", "attn_implementation", "name_or_path")
         given = {key: kwargs.pop(key) for key in list(kwargs) if key not in ours and key[0] != "_"}
         self.authors = given
-        for key, only in _ONLY.items():
-            if given.get(key, only) not in (only, None):
-                raise ValueError(f"{key} = {given[key]!r}: this variant of LLaDA is not built, only {only!r} is")
+        check_variant({**given, "rope_parameters": self.rope_parameters}, _ONLY, "LLaDA")
         if given.get("embedding_size") is not None:  # rows of the matrix; the authors' vocab_size may be smaller
             given["vocab_size"] = self.vocab_size
         for key, field in _FIELDS.items():
@@ -113,7 +112,11 @@ class LLaDAConfig(LlamaConfig):
         """The authors' keys only: their class refuses Llama's names."""
         ours = super().to_dict()
         out = {key: ours[key] for key in _KEPT if ours.get(key) is not None}
-        out |= {"model_type": self.model_type, **_ONLY, **portable(self.authors or {})}
+        out |= {
+            "model_type": self.model_type,
+            **{k: v for k, v in _ONLY.items() if v is not None},
+            **portable(self.authors or {}),
+        }
         out |= {key: ours[field] for key, field in _FIELDS.items()} | {key: ours[key] for key in _SPECIAL}
         out["vocab_size"] = (self.authors or {}).get("vocab_size", self.vocab_size)
         assert self.rope_parameters is not None  # set at construction

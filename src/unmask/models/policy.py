@@ -39,7 +39,7 @@ class MaskedPolicy:
         vocabulary = tokenizer.get_vocab() if stop_tokens else {}
         stops += [vocabulary[text] for text in stop_tokens if text in vocabulary]
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
-        self.max_length: int = config.max_position_embeddings
+        self.max_length: int = getattr(module, "num_positions", config.max_position_embeddings)
         self.block_size: int | None = getattr(config, "block_size", None)
         self._checkpointed: list[nn.Module] = []
 
@@ -63,6 +63,12 @@ class MaskedPolicy:
     def with_adapter(self, adapter: str | None) -> AdapterView:
         """This policy with another adapter active, or none, for scoring without gradient: a reference."""
         return AdapterView(self, adapter)
+
+    def with_module(self, module: nn.Module, name: str) -> MaskedPolicy:
+        """Another module with this policy's tokenizer and stop tokens."""
+        policy = MaskedPolicy(module, self.tokenizer, name)
+        policy.stop_token_ids = self.stop_token_ids
+        return policy
 
     def add_adapter(
         self, name: str, config: LoraConfig, *, seed: int, is_trained: bool = True, has_scalar_head: bool = False
@@ -237,6 +243,18 @@ class AdapterView(MaskedPolicy):
     def module(self) -> nn.Module:  # type: ignore[override]
         """The parent's, also after it has been wrapped."""
         return self.parent.module
+
+    def use(self, adapter: str | None) -> AbstractContextManager[None]:
+        """Raises: ModelError; a view has the one adapter that it was made for."""
+        raise ModelError(f"this is a view of adapter {self.adapter!r}. Call use() on the policy it was made from.")
+
+    def with_adapter(self, adapter: str | None) -> AdapterView:
+        """See `MaskedPolicy.with_adapter`."""
+        return self.parent.with_adapter(adapter)
+
+    def save(self, directory: Path, module: Any = None, state: Mapping[str, Tensor] | None = None) -> None:
+        """Raises: ModelError; what is saved is the policy that the view was made from."""
+        raise ModelError(f"this is a view of adapter {self.adapter!r}. Save the policy it was made from.")
 
     @torch.no_grad()
     def token_outputs(self, *args: Any, **kwargs: Any) -> TokenOutput:
