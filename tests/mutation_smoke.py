@@ -49,6 +49,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "rewards.new_zeros(len(count)) -> rewards.new_ones(len(count))",
     ): "every group has a member, and include_self=False overwrites what stood there",
     (
+        "advantages.py",
+        'top = values.new_zeros(len(count)).scatter_reduce(0, member, values, "amax", include_self=False)',
+        "values.new_zeros(len(count)) -> values.new_ones(len(count))",
+    ): "the same",
+    (
         "corruption.py",
         "rank = u.argsort(stable=True).argsort()",
         "u.argsort(stable=True) -> u.argsort()",
@@ -58,6 +63,16 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "rank = u.argsort(stable=True).argsort()",
         "True -> False",
     ): "the same",
+    (
+        "likelihood.py",
+        "log_weight = weight.masked_fill(~is_read[:, None], 1.0).log()",
+        "1.0 -> 2.0",
+    ): "any number keeps the logarithm finite where no copy was read; the value is left out below",
+    (
+        "objectives/spg.py",
+        "bound = torch.where(advantages > 0, lower, bad)",
+        "advantages > 0 -> advantages >= 0",
+    ): "an advantage of 0 multiplies either bound",
 }
 """(file, line, change) -> why no test can tell the mutant from the original."""
 

@@ -196,6 +196,20 @@ def expectation_trajectory(table: Tensor) -> Tensor:
     return total
 
 
+def eubo_by_contexts(table: Tensor, gamma: float) -> Tensor:
+    """Σ_i (1/γ) log E[ (L/m) 1[i∈S] e^{γ l(i;S)} ] over m ~ U{1..L} and S uniform of size m."""
+    positions = table.shape[1]
+    total = table.new_zeros(())
+    for i in range(positions):
+        mean = table.new_zeros(())
+        for S in range(1, 2**positions):
+            if S >> i & 1:
+                m = len(bits(S))
+                mean = mean + positions / m * torch.exp(gamma * table[S, i]) / (positions * comb(positions, m))
+        total = total + mean.log() / gamma
+    return total
+
+
 # --- losses, in loops ------------------------------------------------------------------------------------------------
 
 
@@ -283,6 +297,138 @@ def diffu_grpo_loss(
             gain = ppo_gain(theta[b][i] - old[b][i], advantage, clip, clip)
             terms.append(-gain + kl_coef * (torch.exp(d) - d - 1))
     return sum(terms) / len(terms)
+
+
+def wd1_loss(
+    theta: list[list[Tensor]],
+    rewards: list[float],
+    groups: list[int],
+    length: list[int],
+    *,
+    psi: float,
+    positive_only: bool,
+) -> Tensor:
+    """Σ (w⁻ - w⁺) log π, mean over groups, the weights by their definition from centred rewards."""
+    total = theta[0][0].new_zeros(())
+    for group in set(groups):
+        rows = [b for b, g in enumerate(groups) if g == group]
+        mean = sum(rewards[b] for b in rows) / len(rows)
+        up = {b: math.exp(psi * (rewards[b] - mean)) for b in rows}
+        down = {b: math.exp(-psi * (rewards[b] - mean)) for b in rows}
+        for b in rows:
+            weight = -up[b] / sum(up.values())
+            if not positive_only:
+                weight += down[b] / sum(down.values())
+            total = total + weight * sum(theta[b][: length[b]])
+    return total / len(set(groups))
+
+
+GAUSS_LEGENDRE = {
+    1: [(0.5, 1.0)],
+    2: [(0.5 - 0.5 / 3**0.5, 0.5), (0.5 + 0.5 / 3**0.5, 0.5)],
+    3: [(0.5 - 0.5 * 0.6**0.5, 5 / 18), (0.5, 8 / 18), (0.5 + 0.5 * 0.6**0.5, 5 / 18)],
+}
+"""(node, weight) on [0, 1], from the roots of the Legendre polynomials x, 3x² - 1, 5x³ - 3x."""
+SIMPSON = [(0.1, 1 / 6), (0.5, 4 / 6), (1.0, 1 / 6)]
+
+
+def quadrature_estimates(
+    logps: Tensor,  # (B, N K, L)
+    masked: Tensor,  # (B, N K, L)
+    length: list[int],
+    rule: list[tuple[float, float]],
+    masking: str,
+) -> list[Tensor]:
+    """GDPO's B̂ of each row: Σ_n ω_n (1/K) Σ_k (L/m or 1/t) Σ_{i∈S} l."""
+    batch, copies, _ = logps.shape
+    per_node = copies // len(rule)
+    totals = []
+    for b in range(batch):
+        total = logps.new_zeros(())
+        for k in range(copies):
+            t, w = rule[k // per_node]
+            S = [i for i in range(length[b]) if masked[b, k, i]]
+            factor = length[b] / len(S) if masking == "exact_count" else 1 / t
+            total = total + w / per_node * factor * sum((logps[b, k, i] for i in S), start=logps.new_zeros(()))
+        totals.append(total)
+    return totals
+
+
+def gdpo_loss(
+    theta: list[Tensor],
+    old: list[Tensor],
+    ref: list[Tensor],
+    advantages: list[float],
+    scale: list[float],
+    *,
+    clip: float,
+    kl: str,
+    kl_coef: float,
+) -> Tensor:
+    """Mean over rollouts of -gain + kl_coef · KL, with differences of estimates divided by `scale`."""
+    terms = []
+    for b, advantage in enumerate(advantages):
+        gain = ppo_gain((theta[b] - old[b]) / scale[b], advantage, clip, clip)
+        terms.append(-gain + kl_coef * kl_term((theta[b] - ref[b]) / scale[b], kl))
+    return sum(terms) / len(terms)
+
+
+def coupled_scores(logps: Tensor, chosen: Tensor, t: float) -> list[list[Tensor]]:
+    """DiffuCoder's s of (B, L) tokens from copies (all masked, S, complement), S given as (B, L) bool."""
+    return [
+        [
+            0.5 * (row[0, i] + (row[1, i] / t if inside else row[2, i] / (1 - t)))
+            for i, inside in enumerate(places.tolist())
+        ]
+        for row, places in zip(logps, chosen, strict=True)
+    ]
+
+
+def unigrpo_loss(
+    theta: Tensor,  # (B, L)
+    old: Tensor,
+    ref: Tensor,
+    masked: Tensor,  # (B, L)
+    advantages: list[float],
+    *,
+    clip: float,
+    kl_coef: float,
+) -> Tensor:
+    """Mean over rollouts of the mean over their masked positions of -gain + kl_coef · (e^{-d} - 1 + d)."""
+    rows = []
+    for b, advantage in enumerate(advantages):
+        terms = []
+        for i in range(theta.shape[1]):
+            if masked[b, i]:
+                gain = ppo_gain(theta[b, i] - old[b, i], advantage, clip, clip)
+                terms.append(-gain + kl_coef * kl_term(theta[b, i] - ref[b, i], "k3"))
+        rows.append(sum(terms) / len(terms))
+    return sum(rows) / len(rows)
+
+
+def spg_loss(
+    logps: Tensor,  # (B, K, L)
+    read: Tensor,  # (B, K, L)
+    advantages: list[float],
+    length: list[int],
+    *,
+    gamma: float,
+    eubo_share: float,
+) -> Tensor:
+    """-Σ E A (B or ω U + (1-ω) B) / Σ E: B the mean over copies of the mean over read tokens, U a mean over tokens."""
+    total = logps.new_zeros(())
+    for b, advantage in enumerate(advantages):
+        copies = [[k for k in range(logps.shape[2]) if read[b, j, k]] for j in range(logps.shape[1])]
+        lower = sum(sum(logps[b, j, k] for k in S) / len(S) for j, S in enumerate(copies)) / len(copies)
+        per_token = []
+        for k in sorted(set().union(*copies)):
+            holders = [j for j, S in enumerate(copies) if k in S]
+            mass = sum(torch.exp(gamma * logps[b, j, k]) / len(copies[j]) for j in holders)
+            per_token.append((mass / sum(1 / len(copies[j]) for j in holders)).log() / gamma)
+        upper = sum(per_token) / len(per_token)
+        bound = lower if advantage > 0 else eubo_share * upper + (1 - eubo_share) * lower
+        total = total - length[b] * advantage * bound
+    return total / sum(length)
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from unmask.advantages import ADVANTAGES, group_centered, leave_one_out, scale_negative, z_score
+from unmask.advantages import ADVANTAGES, group_centered, group_softmax, leave_one_out, scale_negative, z_score
 from unmask.errors import ConfigError
 
 REWARDS = torch.tensor([1.0, 0.0, 5.0, 0.0, 7.0, 3.0, 1.0], dtype=torch.float64)
@@ -70,3 +70,13 @@ def test_scale_negative_touches_only_negatives():
     assert scale_negative(advantages, 0.25).tolist() == [-0.5, 0.0, 3.0]
     assert torch.equal(scale_negative(advantages, 1.0), advantages)
     assert scale_negative(advantages, float("inf")).tolist() == [float("-inf"), 0.0, 3.0]  # zero is not negative
+
+
+def test_group_softmax_by_hand():
+    """Group 7: e^0, e^log2, e^log5 over 8; group 42: three zeros and log 3 over 6."""
+    values = torch.tensor([1.0, 1.0, 1.0, 3.0, 2.0, 5.0, 1.0], dtype=torch.float64).log()
+    expected = [1 / 6, 1 / 6, 1 / 8, 3 / 6, 2 / 8, 5 / 8, 1 / 6]
+    for shift in (0.0, 1000.0, -1000.0):  # neither overflows nor vanishes
+        assert group_softmax(values + shift, GROUPS).tolist() == pytest.approx(expected, abs=1e-12)
+    apart = torch.tensor([-800.0, 800.0], dtype=torch.float32)
+    assert group_softmax(apart, torch.tensor([1, 2])).tolist() == [1.0, 1.0]

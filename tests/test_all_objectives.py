@@ -9,7 +9,7 @@ import torch
 from tests.oracles import make_rollouts, score_copies
 from tests.toys import TabularPolicy
 from unmask.noise import Noise
-from unmask.objectives import ALGORITHMS, ESPO, SFT
+from unmask.objectives import ALGORITHMS, ESPO, GDPO, SFT, SPG, WD1
 from unmask.types import LossInputs, take_rows
 
 LENGTH = 4
@@ -21,12 +21,34 @@ VARIANTS = {
     "espo-token-mean_field": ESPO(level="token", likelihood="mean_field"),
     "espo-k3": ESPO(kl="k3"),
     "espo-to_eos": ESPO(count_positions="to_eos"),
+    "wd1-leave_one_out": WD1(advantage="leave_one_out"),
+    "gdpo-bernoulli": GDPO(masking="bernoulli"),
+    "gdpo-unscaled": GDPO(ratio_scale="none", kl="k2"),
+    "spg-eubo": SPG(eubo_share=1.0, gamma=4.0, num_masks=6, block_length=2),
+    "spg-masked": SPG(scored_positions="masked", block_length=2),
 }
+# wd1 and SPG weigh log-likelihoods and compare no two models: statements about ratios and KL leave them out
+WITH_RATIO = {name: algorithm for name, algorithm in VARIANTS.items() if algorithm.needs.old}
+WITH_KL = {name: algorithm for name, algorithm in VARIANTS.items() if algorithm.needs.ref}
 
 
 @pytest.fixture(params=VARIANTS)
 def algorithm(request):
     return VARIANTS[request.param]
+
+
+@pytest.fixture(params=WITH_RATIO)
+def with_ratio(request):
+    return WITH_RATIO[request.param]
+
+
+@pytest.fixture(params=WITH_KL)
+def with_kl(request):
+    return WITH_KL[request.param]
+
+
+def no_kl(algorithm):
+    return replace(algorithm, kl_coef=0.0) if algorithm.needs.ref else algorithm
 
 
 def rollouts(rewards=(1.0, 0.0, 0.5, 0.2, 0.9, 0.1), length=(4, 2, 1, 3, 4, 4)):
@@ -54,39 +76,42 @@ def gradient(algorithm, x):
     return torch.autograd.grad(algorithm.loss(x).loss, x.logps)[0]
 
 
-def test_policy_equal_to_old_has_ratio_one_and_no_clipping(algorithm):
-    x = loss_inputs(algorithm, rollouts(), old=POLICY, ref=POLICY)
-    metrics = algorithm.loss(x).metrics
+def test_policy_equal_to_old_has_ratio_one_and_no_clipping(with_ratio):
+    x = loss_inputs(with_ratio, rollouts(), old=POLICY, ref=POLICY)
+    metrics = with_ratio.loss(x).metrics
     assert metrics["ratio_max"] == 1.0  # exactly: the same stored masks give the same bits
     for name in ("clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "log_ratio_clamped"):
         assert metrics[name] == 0.0
     assert metrics["kl_penalty"] == 0.0
 
 
-def test_policy_equal_to_reference_has_no_kl_gradient(algorithm):
-    x = loss_inputs(algorithm, rollouts(), ref=POLICY)
+def test_policy_equal_to_reference_has_no_kl_gradient(with_kl):
+    x = loss_inputs(with_kl, rollouts(), ref=POLICY)
     x = replace(x, advantages=torch.zeros_like(x.advantages))
-    assert (gradient(algorithm, x) == 0).all()
+    assert (gradient(with_kl, x) == 0).all()
 
 
 def test_equal_rewards_give_no_policy_gradient(algorithm):
-    without_kl = replace(algorithm, kl_coef=0.0)
+    without_kl = no_kl(algorithm)
     x = loss_inputs(without_kl, rollouts(rewards=[0.3] * 3 + [0.7] * 3))
     out = without_kl.loss(x)
     assert out.loss.item() == 0.0 and "kl_penalty" not in out.metrics
     assert (gradient(without_kl, x) == 0).all()
-    x = loss_inputs(algorithm, rollouts(rewards=[0.3] * 3 + [0.7] * 3))
-    assert (gradient(algorithm, x) != 0).any()  # the KL still pulls
+
+
+def test_equal_rewards_leave_the_pull_of_the_kl(with_kl):
+    x = loss_inputs(with_kl, rollouts(rewards=[0.3] * 3 + [0.7] * 3))
+    assert (gradient(with_kl, x) != 0).any()
 
 
 def test_all_wrong_group_leaves_the_other_group_its_gradient(algorithm):
-    without_kl = replace(algorithm, kl_coef=0.0)
+    without_kl = no_kl(algorithm)
     moved = gradient(without_kl, loss_inputs(without_kl, rollouts(rewards=[0.0] * 3 + [1.0, 0.0, 0.0]), old=POLICY))
     assert (moved[:3] == 0).all() and (moved[3:] != 0).flatten(1).any(1).all()
 
 
 def test_good_rollouts_gain_probability_and_bad_ones_lose_it(algorithm):
-    without_kl = replace(algorithm, kl_coef=0.0)
+    without_kl = no_kl(algorithm)
     x = loss_inputs(without_kl, rollouts(), old=POLICY)
     step = -gradient(without_kl, x) * x.corruption.scored
     sign = x.advantages.sign()[:, None, None]
@@ -142,7 +167,8 @@ def test_gradient_reaches_scored_positions_only(algorithm):
 
 @pytest.mark.parametrize("shift", [300.0, -300.0, 1e4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_finite_where_ratios_are_extreme(algorithm, shift, dtype):
+def test_finite_where_ratios_are_extreme(with_ratio, shift, dtype):
+    algorithm = with_ratio
     x = loss_inputs(algorithm, rollouts())
     logps = (x.logps.detach().to(dtype) - 0.5).requires_grad_()
     moved = {"old_logps": x.old_logps.to(dtype) - shift, "ref_logps": x.ref_logps.to(dtype) + shift}
@@ -152,6 +178,17 @@ def test_finite_where_ratios_are_extreme(algorithm, shift, dtype):
     assert torch.isfinite(torch.autograd.grad(out.loss, logps)[0]).all()
     assert all(value == value and abs(value) < float("inf") for value in out.metrics.values())
     assert out.metrics["log_ratio_clamped"] > 0
+
+
+@pytest.mark.parametrize("shift", [300.0, 1e4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_finite_where_a_completion_is_all_but_impossible(algorithm, shift, dtype):
+    x = loss_inputs(no_kl(algorithm), rollouts())
+    logps = ((x.logps.detach().to(dtype) - shift) * x.corruption.scored).requires_grad_()
+    out = algorithm.loss(replace(x, logps=logps, old_logps=logps.detach(), ref_logps=logps.detach()))
+    assert torch.isfinite(out.loss) and out.loss.dtype == dtype
+    assert torch.isfinite(torch.autograd.grad(out.loss, logps)[0]).all()
+    assert all(value == value and abs(value) < float("inf") for value in out.metrics.values())
 
 
 def test_finite_for_length_one_and_one_correct_rollout(algorithm):
@@ -164,15 +201,25 @@ def test_finite_for_length_one_and_one_correct_rollout(algorithm):
     logps = score_copies(policy, short, draw)
     x = replace(x, logps=logps, corruption=draw, old_logps=logps.detach(), ref_logps=logps.detach())
     out = algorithm.loss(x)
-    assert torch.isfinite(out.loss) and out.metrics["ratio_max"] == 1.0
+    assert torch.isfinite(out.loss) and out.metrics.get("ratio_max", 1.0) == 1.0
 
 
 def test_same_noise_draws_the_same_masks_and_other_noise_others(algorithm):
     batch = rollouts()
     first, again = (algorithm.draw(batch, noise=Noise(0)) for _ in range(2))
     assert torch.equal(first.masked, again.masked) and torch.equal(first.weight, again.weight)
-    if first.kind == "elbo":
+    if first.kind != "mean_field":  # whose prompts of two tokens are seldom masked
         assert not torch.equal(first.masked, algorithm.draw(batch, noise=Noise(1)).masked)
+
+
+def test_each_pass_draws_its_own_masks(algorithm):
+    batch = make_rollouts(
+        torch.zeros(8, 6, dtype=torch.int64), groups=[1] * 4 + [2] * 4, prompt=torch.ones(8, 30, dtype=torch.int64)
+    )
+    masks = [algorithm.draw(batch, noise=Noise(0), iteration=n).masked for n in (0, 1)]
+    is_random = getattr(algorithm, "likelihood", "elbo") != "mean_field"  # ESPO's shows the whole prompt
+    assert torch.equal(*masks) != is_random
+    assert torch.equal(masks[0], algorithm.draw(batch, noise=Noise(0)).masked)
 
 
 def test_rescored_stored_masks_are_bitwise_equal(algorithm):
@@ -181,9 +228,9 @@ def test_rescored_stored_masks_are_bitwise_equal(algorithm):
     assert torch.equal(score_copies(POLICY, batch, draw), score_copies(POLICY, batch, draw))
 
 
-def test_independent_draws_of_old_and_reference_are_used(algorithm):
+def test_independent_draws_of_old_and_reference_are_used(with_ratio):
     """With old_corruption and ref_corruption equal to the policy's draws, nothing changes; with others, all does."""
-    batch = rollouts()
+    algorithm, batch = with_ratio, rollouts()
     x = loss_inputs(algorithm, batch)
     same = replace(x, old_corruption=x.corruption, ref_corruption=x.corruption)
     assert torch.equal(algorithm.loss(x).loss, algorithm.loss(same).loss)
@@ -194,22 +241,24 @@ def test_independent_draws_of_old_and_reference_are_used(algorithm):
         )
 
 
-def test_negative_scale_shrinks_bad_rollouts_only(algorithm):
-    batch = rollouts()
+def test_negative_scale_shrinks_bad_rollouts_only(with_ratio):
+    algorithm, batch = with_ratio, rollouts()
     base = algorithm.advantages(batch.rewards, batch.groups)
     scaled = replace(algorithm, negative_scale=0.25).advantages(batch.rewards, batch.groups)
     assert torch.allclose(scaled, torch.where(base < 0, base / 4, base), rtol=1e-15)
     assert (base < 0).any() and (base > 0).any()
 
 
-def test_missing_scores_are_named(algorithm):
+def test_missing_scores_are_named(with_ratio):
+    algorithm = with_ratio
     x = loss_inputs(algorithm, rollouts())
     for name in ("old_logps", "ref_logps"):
         with pytest.raises(ValueError, match=f"got no {name}"):
             algorithm.loss(replace(x, **{name: None}))
 
 
-def test_needs_follow_the_kl(algorithm):
+def test_needs_follow_the_kl(with_ratio):
+    algorithm = with_ratio
     assert algorithm.needs.old and algorithm.needs.ref
     without_kl = replace(algorithm, kl_coef=0.0)
     assert without_kl.needs.old and not without_kl.needs.ref
@@ -218,21 +267,17 @@ def test_needs_follow_the_kl(algorithm):
 def test_metrics_are_detached_floats_under_known_names(algorithm):
     metrics = algorithm.loss(loss_inputs(algorithm, rollouts())).metrics
     assert all(type(value) is float for value in metrics.values())
-    assert set(metrics) == {
-        "policy_loss",
-        "kl_penalty",
-        "ratio_max",
-        "clip_ratio/low_mean",
-        "clip_ratio/high_mean",
-        "clip_ratio/region_mean",
-        "log_ratio_clamped",
-    }
+    ratio = {"ratio_max", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "log_ratio_clamped"}
+    assert "policy_loss" in metrics
+    assert set(metrics) & (ratio | {"kl_penalty"}) == (ratio | {"kl_penalty"} if algorithm.needs.old else set())
+    assert not algorithm.needs.old or len(metrics) == 7
 
 
 def test_loss_is_policy_loss_plus_penalty(algorithm):
     out = algorithm.loss(loss_inputs(algorithm, rollouts()))
-    assert out.loss.item() == pytest.approx(out.metrics["policy_loss"] + out.metrics["kl_penalty"], abs=1e-14)
-    assert out.metrics["kl_penalty"] > 0
+    penalty = out.metrics.get("kl_penalty", 0.0)
+    assert out.loss.item() == pytest.approx(out.metrics["policy_loss"] + penalty, abs=1e-14)
+    assert (penalty > 0) == algorithm.needs.ref
 
 
 def test_float32_rewards_and_logps_stay_float32(algorithm):
@@ -247,7 +292,7 @@ def test_float32_rewards_and_logps_stay_float32(algorithm):
 
 
 def test_registry_names_the_published_algorithms_only():
-    assert {"espo", "diffu_grpo"} <= set(ALGORITHMS)
+    assert {"coupled_grpo", "diffu_grpo", "espo", "gdpo", "spg", "unigrpo", "wd1"} <= set(ALGORITHMS)
     assert SFT not in ALGORITHMS.values()
 
 

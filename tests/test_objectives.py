@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from tests.objective_inputs import NOISE, OLD, POLICY, ROLLOUTS, assert_same_value_and_gradient, inputs
 from tests.oracles import (
     conditionals,
     diffu_grpo_loss,
@@ -18,40 +19,11 @@ from tests.oracles import (
     score_copies,
     token_estimates,
 )
-from tests.toys import TabularPolicy
 from unmask.errors import ConfigError
 from unmask.noise import Noise
-from unmask.objectives import ESPO, SFT, DiffuGRPO
+from unmask.objectives import ESPO, GDPO, SFT, CoupledGRPO, DiffuGRPO, UniGRPO
 from unmask.objectives.policy_gradient import clipped_surrogate, importance_ratio, kl_estimate, ratio_metrics
 from unmask.types import Corruption, LossInputs
-
-NOISE = Noise(seed=0)
-POLICY, OLD, REF = (TabularPolicy(length=4, seed=seed) for seed in (10, 11, 12))
-ROLLOUTS = make_rollouts(
-    torch.tensor([[0, 1, 2, 0], [2, 2, 1, 0], [1, 0, 0, 0], [0, 2, 0, 1]]),
-    groups=[0, 0, 1, 1],
-    rewards=[1.0, 0.25, 0.0, 2.0],
-    length=[4, 3, 1, 2],
-)
-
-
-def inputs(algorithm, policy=POLICY, old=OLD, ref=REF, rollouts=ROLLOUTS):
-    """LossInputs of three models, scored without any of the library's code; one set of draws, or one for each."""
-    draws = [algorithm.draw(rollouts, noise=NOISE.stream(name)) for name in ("policy", "old", "ref")]
-    shared = algorithm.share_masks
-    old_draw, ref_draw = (None, None) if shared else draws[1:]
-    return LossInputs(
-        logps=score_copies(policy, rollouts, draws[0]),
-        corruption=draws[0],
-        advantages=algorithm.advantages(rollouts.rewards, rollouts.groups),
-        rewards=rollouts.rewards,
-        groups=rollouts.groups,
-        length=rollouts.length,
-        old_logps=score_copies(old, rollouts, old_draw or draws[0]).detach(),
-        ref_logps=score_copies(ref, rollouts, ref_draw or draws[0]).detach(),
-        old_corruption=old_draw,
-        ref_corruption=ref_draw,
-    )
 
 
 def oracle_estimates(x, algorithm, likelihood, coupled):
@@ -66,13 +38,6 @@ def oracle_estimates(x, algorithm, likelihood, coupled):
     ):
         tables.append(token_estimates(logps, draw.masked[..., -positions:], length, likelihood, coupled))
     return tables, length
-
-
-def assert_same_value_and_gradient(loss, expected, policy):
-    assert abs((loss - expected).item()) < 1e-10
-    ours, theirs = (torch.autograd.grad(value, policy.table, retain_graph=True)[0] for value in (loss, expected))
-    assert torch.allclose(ours, theirs, rtol=0, atol=1e-10)
-    assert theirs.abs().max() > 1e-4  # there is a gradient to compare
 
 
 ESPO_VARIANTS = [
@@ -223,7 +188,7 @@ def test_diffu_grpo_by_hand():
     assert logps.grad.flatten().tolist() == pytest.approx([-0.04 / 3, -0.04 / 3, 2 / 3 - 0.04 / 3, 0.0], abs=1e-12)
 
 
-@pytest.mark.parametrize("algorithm", [ESPO, DiffuGRPO])
+@pytest.mark.parametrize("algorithm", [ESPO, DiffuGRPO, GDPO, CoupledGRPO, UniGRPO])
 def test_clip_bounds_reach_loss_and_metrics_in_their_order(algorithm):
     """One token a row, clip(ρ) = [0.9, 1.9]. A = 1, ρ = 1.5: inside. A = -1, ρ = 0.7: min(-0.7, -0.9)."""
     scored = torch.ones(2, 1, 1, dtype=torch.bool)
@@ -448,7 +413,7 @@ def test_ratio_metrics_of_one_counted_ratio(log_ratio, advantage, clip, expected
         assert metrics == {**dict.fromkeys(metrics, 0.0), **expected}
 
 
-@pytest.mark.parametrize("algorithm", [ESPO, DiffuGRPO])
+@pytest.mark.parametrize("algorithm", [ESPO, DiffuGRPO, GDPO, CoupledGRPO, UniGRPO])
 def test_fields_may_reach_their_limits(algorithm):
     for fields in (
         {"clip_low": 0.0, "clip_high": 0.0},

@@ -21,9 +21,11 @@ from tests.helpers import (
 )
 from unmask.bases import frozen_copy
 from unmask.errors import RewardError, TrainingError
+from unmask.noise import Noise
 from unmask.objectives import ALGORITHMS
 from unmask.objectives.espo import ESPO
 from unmask.objectives.sft import SFT
+from unmask.objectives.unigrpo import UniGRPO
 from unmask.scoring import score
 from unmask.trainer import OptimizerConfig, StopRule
 from unmask.types import LossInputs
@@ -144,6 +146,18 @@ def test_fresh_masks_are_scored_by_the_policy_that_drew_the_rollouts():
     trainer.update(batch, 1)
     assert torch.allclose(batch.draws[1].old_logps, expected, atol=1e-12)
     assert not torch.equal(batch.draws[0].corruption.masked, batch.draws[1].corruption.masked)
+
+
+def test_passes_share_the_noise_of_the_batch_and_are_told_apart_by_their_number():
+    """UniGRPO: the start is common to the passes, the share of masked tokens rises from it to everything."""
+    algorithm = UniGRPO(num_iterations=3, kl_coef=0.0)
+    source = FixedSource(fake_rollouts(length=20))
+    batch = make_trainer(tiny_policy(), algorithm, source, monitor_rows=0).prepare(0)
+    first, second, last = (draw.corruption.scored[:, 0].sum(-1) for draw in batch.draws)
+    assert ((second - (first + 20) / 2).abs() <= 1).all() and (last == 20).all()
+    assert len(first.unique()) > 3
+    expected = algorithm.draw(source.rollouts, noise=Noise(3).stream("train").stream("corruption"), iteration=1)
+    assert torch.equal(batch.draws[1].corruption.masked, expected.masked)
 
 
 def test_independent_draws_for_old_and_reference_differ_from_the_shared_ones():

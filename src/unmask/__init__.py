@@ -25,6 +25,7 @@ _PUBLIC = {
     "evaluate": "unmask.api",
     "sample": "unmask.api",
     "elbo": "unmask.api",
+    "eubo": "unmask.api",
     "log_likelihood": "unmask.api",
     **dict.fromkeys(
         (

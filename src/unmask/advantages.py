@@ -52,6 +52,20 @@ def z_score(
     return centred / (variance.sqrt() + _STD_FLOOR)[member]
 
 
+def group_softmax(
+    values: Tensor,  # (B,)
+    groups: Tensor,  # (B,)
+) -> Tensor:  # (B,)
+    """softmax of `values` over each group: positive, adding up to 1 there, unchanged by a constant added to the group.
+
+    Source: the weights of wd1, arXiv:2507.08838.
+    """
+    _, member, count = groups.unique(return_inverse=True, return_counts=True)
+    top = values.new_zeros(len(count)).scatter_reduce(0, member, values, "amax", include_self=False)
+    scale = (values - top[member]).exp()  # the highest of a group is 1: no overflow
+    return scale / _group_sum(scale, member, len(count))[member]
+
+
 def scale_negative(advantages: Tensor, factor: float) -> Tensor:
     """Negative advantages multiplied by `factor`, the others unchanged; 1 changes nothing."""
     return torch.where(advantages < 0, advantages * factor, advantages)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from unmask.evaluation import Setting
 from unmask.evaluation import evaluate as evaluate_policy
 from unmask.launch import check_prompts, run_recipe
 from unmask.likelihood import elbo as weighted_sum
+from unmask.likelihood import eubo as log_mean_power
 from unmask.models import MaskedPolicy, load
 from unmask.noise import Noise
 from unmask.run_log import SilentView, View
@@ -278,12 +280,57 @@ def elbo(
     """
     opened = open_model(policy)
     rollouts = given_rollouts(opened, prompts, completions, gen_length)
-    estimates = torch.zeros(len(completions), dtype=torch.float64)
-    for rows in rollouts:
-        masks = draw_uniform_count(rows, num_masks, coupled=coupled, noise=Noise(seed).stream("elbo"))
-        logps = score(opened, rows, masks, micro_batch_size=micro_batch_size).logps
-        estimates[rows.prompt_key.cpu()] = weighted_sum(logps.double(), masks).cpu()
-    return estimates
+    draw = partial(draw_uniform_count, num_masks=num_masks, coupled=coupled, noise=Noise(seed).stream("elbo"))
+    return _estimates(opened, rollouts, draw, weighted_sum, micro_batch_size)
+
+
+def eubo(
+    policy: str | Path | MaskedPolicy,
+    prompts: Sequence[Prompt],  # B
+    completions: Sequence[str],  # B
+    *,
+    gamma: float,
+    num_masks: int = 128,
+    coupled: bool = True,
+    gen_length: int | None = None,  # tokens
+    seed: int = 0,
+    micro_batch_size: int = 256,
+) -> Tensor:  # (B,) float64, nats
+    """Estimates of the evidence upper bound of log p(completion | prompt) with exponent `gamma` >= 1.
+
+        EUBO = Σ_i (1/γ) log E_{m ~ U{1..L}, |S| = m} [ L/m · 1[i∈S] · p(y_i | prompt, y outside S)^γ ]
+
+    Read from the copies of `elbo` with the same seed; the other arguments are explained there. It is never below the
+    ELBO, and grows with gamma. It is certain to bound log p only for gamma >= L: at smaller exponents about half of all
+    random models of a few tokens lie above their EUBO at gamma = 1. And the estimate is low on average, the more so the
+    fewer copies and the larger gamma, as it is the logarithm of a mean.
+
+    Raises: ConfigError (gamma below 1, odd num_masks), DataError or ModelError as for `elbo`.
+    Source: SPG, arXiv:2510.09541; see likelihood.eubo.
+    Oracle: tests/test_api.py::test_eubo_approaches_the_exact_upper_bound
+    """
+    if not 1 <= gamma < math.inf:
+        raise ConfigError(f"gamma = {gamma}: the exponent of an upper bound is at least 1 and finite. Try 1.5.")
+    opened = open_model(policy)
+    rollouts = given_rollouts(opened, prompts, completions, gen_length)
+    draw = partial(draw_uniform_count, num_masks=num_masks, coupled=coupled, noise=Noise(seed).stream("elbo"))
+    return _estimates(opened, rollouts, draw, partial(log_mean_power, gamma=gamma), micro_batch_size)
+
+
+def _estimates(
+    policy: MaskedPolicy,
+    batches: Sequence[Rollouts],
+    draw: Callable[[Rollouts], Corruption],
+    estimate: Callable[[Tensor, Corruption], Tensor],
+    micro_batch_size: int,
+) -> Tensor:  # (B,) float64
+    """An estimate from masked copies for each row, in the order of `prompt_key`."""
+    values = torch.zeros(sum(map(len, batches)), dtype=torch.float64)
+    for rows in batches:
+        masks = draw(rows)
+        logps = score(policy, rows, masks, micro_batch_size=micro_batch_size).logps
+        values[rows.prompt_key.cpu()] = estimate(logps.double(), masks).cpu()
+    return values
 
 
 def log_likelihood(

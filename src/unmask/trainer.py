@@ -231,11 +231,11 @@ class Trainer:
             if inner and not self.algorithm.fresh_masks:
                 draws.append(draws[0])
                 continue
-            noise = self.noise.stream(f"corruption/{inner}")
-            draw = Draw(self.algorithm.draw(rollouts, noise=noise))
+            noise = self.noise.stream("corruption")
+            draw = Draw(self.algorithm.draw(rollouts, noise=noise, iteration=inner))
             if not self.algorithm.share_masks:
-                draw.old_corruption = self.algorithm.draw(rollouts, noise=noise.stream("old"))
-                draw.ref_corruption = self.algorithm.draw(rollouts, noise=noise.stream("ref"))
+                draw.old_corruption = self.algorithm.draw(rollouts, noise=noise.stream("old"), iteration=inner)
+                draw.ref_corruption = self.algorithm.draw(rollouts, noise=noise.stream("ref"), iteration=inner)
             draws.append(draw)
         return draws
 

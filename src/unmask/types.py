@@ -131,7 +131,9 @@ class Corruption:
     """K masked copies per rollout, and how the log-probabilities read from them are to be weighted.
 
     A likelihood estimate is `(weight * logps).sum(1)` per position: shape (B, L). `kind` says what that estimates:
-    "elbo" (a lower bound on log p of the completion, in expectation) or "mean_field" (one-step factorised, no bound).
+    "elbo" (a lower bound on log p of the completion, in expectation), "quadrature" (the same up to the error of fixed
+    mask ratios), "block" (a lower bound for completions written block by block, with hidden context), or no bound:
+    "mean_field" (one-step factorised), "random_mask" (the masked tokens alone), "coupled_tokens" (three reads a token).
     Stored, not replayed from a seed: policy, old policy and reference are scored on these same tensors.
     """
 
@@ -328,6 +330,11 @@ class Algorithm(Protocol):
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor: ...
 
-    def draw(self, rollouts: Rollouts, *, noise: NoiseLike) -> Corruption: ...
+    def draw(self, rollouts: Rollouts, *, noise: NoiseLike, iteration: int = 0) -> Corruption:
+        """Masked copies for one of the passes over a batch, which `iteration` counts from 0.
+
+        `noise` is the same in all passes: what is new in each is drawn from `noise.stream(str(iteration))`.
+        """
+        ...
 
     def loss(self, x: LossInputs) -> LossOutput: ...

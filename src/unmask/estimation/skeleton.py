@@ -125,7 +125,7 @@ def open_skeleton(model: ModelConfig, config_file: Path | None = None) -> Skelet
     dtype = _stored(content, Path(source)) if is_frozen else torch.float32
     if model.dtype != "auto":
         dtype = getattr(torch, model.dtype)
-    attention = "eager" if model.attention == "eager" else "sdpa"
+    attention = "eager" if model.attention == "eager" else family.attention("sdpa")
     config = family.config_class.from_dict(content)
     with META:
         module = family.model_class._from_config(config, dtype=dtype, attn_implementation=attention).eval()

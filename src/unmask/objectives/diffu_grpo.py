@@ -9,14 +9,11 @@ from torch import Tensor
 
 from unmask.advantages import ADVANTAGES, scale_negative
 from unmask.corruption import counted_positions, draw_full_mask, sequence_length
-from unmask.likelihood import token_estimate
 from unmask.objectives.policy_gradient import (
+    check_num_masks,
     check_policy_gradient,
-    clipped_surrogate,
-    kl_estimate,
-    old_scores,
-    ratio_metrics,
-    ref_scores,
+    check_prompt_mask_ratio,
+    token_level_loss,
 )
 from unmask.types import Corruption, LossInputs, LossOutput, Needs, NoiseLike, Rollouts
 
@@ -66,6 +63,8 @@ class DiffuGRPO:
 
     def __post_init__(self) -> None:
         check_policy_gradient(self)
+        check_num_masks(self.num_masks)
+        check_prompt_mask_ratio(self.prompt_mask_ratio)
 
     @property
     def needs(self) -> Needs:
@@ -75,31 +74,18 @@ class DiffuGRPO:
         """(B,), by the estimator `advantage`, negative ones times `negative_scale`."""
         return scale_negative(ADVANTAGES[self.advantage](rewards, groups), self.negative_scale)
 
-    def draw(self, rollouts: Rollouts, *, noise: NoiseLike) -> Corruption:
+    def draw(self, rollouts: Rollouts, *, noise: NoiseLike, iteration: int = 0) -> Corruption:
         """Fully masked completions behind partly masked prompts."""
         return draw_full_mask(
             rollouts,
             self.num_masks if self.prompt_mask_ratio > 0 else 1,
             prompt_mask_ratio=self.prompt_mask_ratio,
             count_positions=self.count_positions,
-            noise=noise,
+            noise=noise.stream(str(iteration)),
         )
 
     def loss(self, x: LossInputs) -> LossOutput:
         """The equation of the class."""
-        counted = counted_positions(
-            sequence_length(x.length, x.logps.shape[-1], self.count_positions), x.logps.shape[-1]
-        )  # (B, L)
-        token_logps = token_estimate(x.logps, x.corruption)  # (B, L)
-        advantages = x.advantages.to(token_logps)[:, None]  # (B, 1)
-        log_ratio = token_logps - token_estimate(*old_scores(x, "DiffuGRPO")).to(token_logps)
-        gain = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high)
-        loss = policy_loss = -(gain * counted).sum() / counted.sum()
-        metrics = ratio_metrics(log_ratio, advantages, counted, self.clip_low, self.clip_high)
-        metrics["policy_loss"] = float(policy_loss.detach())
-        if self.needs.ref:
-            log_ratio_ref = token_logps - token_estimate(*ref_scores(x, "DiffuGRPO")).to(token_logps)
-            penalty = self.kl_coef * (kl_estimate(log_ratio_ref, self.kl) * counted).sum() / counted.sum()
-            loss = policy_loss + penalty
-            metrics["kl_penalty"] = float(penalty.detach())
-        return LossOutput(loss, metrics)
+        length = sequence_length(x.length, x.logps.shape[-1], self.count_positions)
+        counted = counted_positions(length, x.logps.shape[-1])  # (B, L)
+        return token_level_loss(x, counted, self, per_rollout=False)

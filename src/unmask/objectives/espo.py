@@ -11,7 +11,9 @@ from unmask.advantages import ADVANTAGES, scale_negative
 from unmask.corruption import counted_positions, draw_full_mask, draw_uniform_count, sequence_length
 from unmask.likelihood import token_estimate
 from unmask.objectives.policy_gradient import (
+    check_num_masks,
     check_policy_gradient,
+    check_prompt_mask_ratio,
     clipped_surrogate,
     kl_estimate,
     old_scores,
@@ -85,6 +87,8 @@ class ESPO:
 
     def __post_init__(self) -> None:
         check_policy_gradient(self)
+        check_num_masks(self.num_masks)
+        check_prompt_mask_ratio(self.prompt_mask_ratio)
         require_choice("likelihood", self.likelihood, LIKELIHOODS)
         require_choice("level", self.level, LEVELS)
         require_choice("kl_scale", self.kl_scale, KL_SCALES)
@@ -109,7 +113,7 @@ class ESPO:
         """(B,), by the estimator `advantage`, negative ones times `negative_scale`."""
         return scale_negative(ADVANTAGES[self.advantage](rewards, groups), self.negative_scale)
 
-    def draw(self, rollouts: Rollouts, *, noise: NoiseLike) -> Corruption:
+    def draw(self, rollouts: Rollouts, *, noise: NoiseLike, iteration: int = 0) -> Corruption:
         """`num_masks` copies of each rollout: coupled or independent subsets, or the full mask."""
         if self.likelihood == "elbo":
             return draw_uniform_count(
@@ -118,14 +122,14 @@ class ESPO:
                 coupled=self.coupled,
                 stratify=self.stratify,
                 count_positions=self.count_positions,
-                noise=noise,
+                noise=noise.stream(str(iteration)),
             )
         return draw_full_mask(
             rollouts,
             self.num_masks if self.prompt_mask_ratio > 0 else 1,
             prompt_mask_ratio=self.prompt_mask_ratio,
             count_positions=self.count_positions,
-            noise=noise,
+            noise=noise.stream(str(iteration)),
         )
 
     def loss(self, x: LossInputs) -> LossOutput:

@@ -11,7 +11,8 @@ from torch import Tensor
 from unmask.advantages import ADVANTAGES
 from unmask.corruption import COUNT_POSITIONS
 from unmask.errors import ConfigError
-from unmask.types import Corruption, LossInputs
+from unmask.likelihood import token_estimate
+from unmask.types import Corruption, LossInputs, LossOutput
 
 MAX_LOG_RATIO = 20.0
 """Nats. exp(20) is 5e8: far beyond any clip range, and safe to multiply and to square in float32."""
@@ -114,6 +115,41 @@ def ref_scores(x: LossInputs, name: str) -> tuple[Tensor, Corruption]:
     return x.ref_logps, x.corruption if x.ref_corruption is None else x.ref_corruption
 
 
+def token_level_loss(
+    x: LossInputs,
+    counted: Tensor,  # (B, L) bool, at least one in each row
+    algorithm: Any,
+    *,
+    per_rollout: bool,
+) -> LossOutput:
+    """Clipped surrogate and KL with a ratio for each counted position.
+
+        loss = mean_{i,k} [ -min(ρ_ik A_i, clip(ρ_ik) A_i) + kl_coef · KL_ik ],     ρ_ik = exp( s_ik - s_ik^old )
+
+    s is the token estimate of the draws. The mean is over all counted positions of the batch, or with `per_rollout`
+    over those of each rollout and then over rollouts. `algorithm` has the fields of `check_policy_gradient`.
+    """
+    a, name = algorithm, type(algorithm).__name__
+
+    def mean(values: Tensor, factor: float) -> Tensor:
+        if per_rollout:
+            return factor * ((values * counted).sum(1) / counted.sum(1)).mean()
+        return factor * (values * counted).sum() / counted.sum()
+
+    estimate = token_estimate(x.logps, x.corruption)  # (B, L)
+    advantages = x.advantages.to(estimate)[:, None]  # (B, 1)
+    log_ratio = estimate - token_estimate(*old_scores(x, name)).to(estimate)
+    loss = policy_loss = mean(clipped_surrogate(log_ratio, advantages, a.clip_low, a.clip_high), -1.0)
+    metrics = ratio_metrics(log_ratio, advantages, counted, a.clip_low, a.clip_high)
+    metrics["policy_loss"] = float(policy_loss.detach())
+    if a.needs.ref:
+        log_ratio_ref = estimate - token_estimate(*ref_scores(x, name)).to(estimate)
+        penalty = mean(kl_estimate(log_ratio_ref, a.kl), a.kl_coef)
+        loss = policy_loss + penalty
+        metrics["kl_penalty"] = float(penalty.detach())
+    return LossOutput(loss, metrics)
+
+
 def require(holds: bool, field: str, value: Any, reason: str) -> None:
     """Raises: ConfigError "algorithm.<field> = <value>: <reason>" unless `holds`."""
     if not holds:
@@ -125,16 +161,41 @@ def require_choice(field: str, value: str, known: Collection[str]) -> None:
     require(value in known, field, value, f"unknown. Use one of: {', '.join(known)}.")
 
 
+def check_reading(algorithm: Any) -> None:
+    """Check how often and where log-probabilities are read: fields that every objective on rollouts has.
+
+    Raises: ConfigError naming the first field that is out of range.
+    """
+    a = algorithm
+    require(
+        a.num_iterations >= 1, "num_iterations", a.num_iterations, "rollouts are used at least once. Use 1 or more."
+    )
+    require_choice("advantage", a.advantage, ADVANTAGES)
+    require_choice("count_positions", a.count_positions, COUNT_POSITIONS)
+
+
+def check_num_masks(num_masks: int, field: str = "num_masks") -> None:
+    """Raises: ConfigError unless there is a copy to read."""
+    require(num_masks >= 1, field, num_masks, "a likelihood is read from masked copies. Use 1 or more.")
+
+
+def check_prompt_mask_ratio(ratio: float) -> None:
+    """Raises: ConfigError unless some of the prompt may be seen."""
+    require(
+        0 <= ratio < 1,
+        "prompt_mask_ratio",
+        ratio,
+        "share of prompt tokens hidden, in [0, 1). Try 0.15, or 0 for none.",
+    )
+
+
 def check_policy_gradient(algorithm: Any) -> None:
     """Check the fields that all clipped policy-gradient objectives have.
 
     Raises: ConfigError naming the first field that is out of range.
     """
     a = algorithm
-    require(a.num_masks >= 1, "num_masks", a.num_masks, "a likelihood is read from masked copies. Use 1 or more.")
-    require(
-        a.num_iterations >= 1, "num_iterations", a.num_iterations, "rollouts are used at least once. Use 1 or more."
-    )
+    check_reading(a)
     require(
         0 <= a.clip_low <= 1,
         "clip_low",
@@ -149,12 +210,4 @@ def check_policy_gradient(algorithm: Any) -> None:
         a.negative_scale,
         "factor of negative advantages; below 0 it would reward failures. Use 1 for the published method.",
     )
-    require(
-        0 <= a.prompt_mask_ratio < 1,
-        "prompt_mask_ratio",
-        a.prompt_mask_ratio,
-        "share of prompt tokens hidden, in [0, 1). Try 0.15, or 0 for none.",
-    )
     require_choice("kl", a.kl, KL_ESTIMATORS)
-    require_choice("advantage", a.advantage, ADVANTAGES)
-    require_choice("count_positions", a.count_positions, COUNT_POSITIONS)

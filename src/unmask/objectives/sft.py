@@ -50,8 +50,9 @@ class SFT:
         """(B,) zeros; there is nothing to compare."""
         return torch.zeros_like(rewards)
 
-    def draw(self, rollouts: Rollouts, *, noise: NoiseLike) -> Corruption:
+    def draw(self, rollouts: Rollouts, *, noise: NoiseLike, iteration: int = 0) -> Corruption:
         """`num_masks` independent subsets of each completion."""
+        noise = noise.stream(str(iteration))
         if self.stratify_rows:
             return draw_stratified_rows(rollouts, self.num_masks, noise=noise)
         return draw_uniform_count(rollouts, self.num_masks, coupled=False, noise=noise)
