@@ -281,3 +281,23 @@ def test_bad_settings_are_refused_with_the_way_out(draw, message):
 
 def test_the_coupled_ratio_may_be_one_number():
     assert coupled(mixed_rollouts(), low=0.5, high=0.5).weight.max().item() == 1.0
+
+
+class Constant:
+    """Noise that is one number everywhere."""
+
+    def stream(self, name):
+        return self
+
+    def uniform(self, *coordinates):
+        return torch.full(torch.broadcast_shapes(*(c.shape for c in coordinates)), 0.5, dtype=torch.float64)
+
+
+def test_a_uniform_at_the_ratio_itself_does_not_mask():
+    """As for prompts: P(u < t) = t."""
+    rollouts = make_rollouts(torch.zeros(2, 4, dtype=torch.int64), prompt=torch.ones(2, 3, dtype=torch.int64))
+    settings = {"rule": "gauss_legendre", "num_nodes": 1, "num_masks_per_node": 1, "count_positions": "all"}
+    assert not draw_quadrature(rollouts, masking="bernoulli", **settings, noise=Constant()).masked.any()
+    assert not coupled(rollouts, Constant(), low=0.5, high=0.5).masked[:, 1].any()
+    shown = blocks(rollouts, Constant(), num_masks=1, block_length=4, clean=0.5)
+    assert torch.equal(shown.masked[..., 3:], shown.scored) and not shown.masked[..., :3].any()
