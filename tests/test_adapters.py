@@ -166,6 +166,7 @@ class TestWrongOrders:
         with policy.use("energy"):
             scalar(policy)
             scalar(policy).sum().backward()
+        assert all(bool(grad.abs().sum() > 0) for grad in gradients(policy, "energy").values())
 
     def test_an_unknown_adapter(self, policy):
         with pytest.raises(ModelError, match=r"no adapter 'enrgy' on this model\. It has: default, energy"):
