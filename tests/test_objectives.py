@@ -447,6 +447,11 @@ def test_fields_may_reach_their_limits(algorithm):
         (lambda: DiffuGRPO(negative_scale=-1.0), r"algorithm.negative_scale = -1.0: "),
         (lambda: DiffuGRPO(negative_scale=float("inf")), r"algorithm.negative_scale = inf: "),
         (lambda: DiffuGRPO(prompt_mask_ratio=1.0), r"algorithm.prompt_mask_ratio = 1.0: .*Try 0.15"),
+        (lambda: DiffuGRPO(num_masks=0), r"algorithm.num_masks = 0: "),
+        (
+            lambda: ESPO(likelihood="mean_field", prompt_mask_ratio=1.0),
+            r"algorithm.prompt_mask_ratio = 1.0: .*Try 0.15",
+        ),
         (lambda: SFT(num_masks=0), r"algorithm.num_masks = 0: "),
         (lambda: SFT(num_iterations=0), r"algorithm.num_iterations = 0: "),
     ],
@@ -474,3 +479,8 @@ def test_k3_pulls_back_with_its_full_gradient_however_far_the_policy_is_above_th
     assert torch.allclose(gradient, 1 - torch.exp(-d.detach()), rtol=0, atol=1e-15)
     low = torch.tensor([-300.0], dtype=torch.float32, requires_grad=True)
     assert torch.isfinite(kl_estimate(low, "k3")).all()
+
+
+def test_supervised_draws_are_those_of_the_first_pass_unless_told_otherwise():
+    first, second = (SFT().draw(ROLLOUTS, noise=NOISE, iteration=i).masked for i in (0, 1))
+    assert torch.equal(SFT().draw(ROLLOUTS, noise=NOISE).masked, first) and not torch.equal(first, second)
