@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import unmask
 from tests.checkpoints import write_checkpoint
 from tests.test_adapters import SMALL, logp, randomise, scalar, with_energy, write_under_authors_names
-from unmask.bases import open_base
+from unmask.bases import open_base, open_for_training
 from unmask.build import ModelConfig
 from unmask.cli import main
 from unmask.errors import ConfigError, ModelError
@@ -182,6 +182,17 @@ def test_a_merge_that_overflows_is_refused_and_writes_nothing(tmp_path, capsys):
     assert main(["merge", str(tmp_path / "adapter"), "--output", str(tmp_path / "merged")]) == 2
     assert "not finite" in capsys.readouterr().err
     assert not (tmp_path / "merged").exists()
+
+
+@pytest.mark.parametrize("start", ["path", "adapter", "lora"])
+def test_the_chosen_cross_entropy_is_that_of_the_model_inside_the_adapters(base, adapter, start):
+    config = {
+        "path": ModelConfig(path=str(adapter), cross_entropy="plain"),
+        "adapter": ModelConfig(path=str(base), adapter=str(adapter), cross_entropy="plain"),
+        "lora": ModelConfig(path=str(base), lora=SMALL, cross_entropy="plain"),
+    }[start]
+    policy = open_for_training(config.path, config, seed=0)
+    assert policy.switch.module.get_base_model().cross_entropy == "plain"
 
 
 def test_auto_holds_the_frozen_base_of_an_adapter_as_it_is_stored(tmp_path):

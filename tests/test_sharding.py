@@ -14,11 +14,12 @@ import yaml
 from safetensors.torch import load_file
 
 import unmask
+from tests.checkpoints import write_checkpoint
 from tests.distributed_run import Uneven
 from tests.helpers import DigitSum, tiny_policy
 from tests.test_distributed import ROOT, launch
 from tests.test_resume import assert_same_run, train_tables
-from unmask.build import train_recipe
+from unmask.build import sft_recipe, train_recipe
 from unmask.checkpoint import list_checkpoints
 from unmask.config import dump_toml
 from unmask.errors import ConfigError
@@ -31,6 +32,7 @@ from unmask.tasks import TASKS
 FSDP2 = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml")]
 ZERO2 = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2-zero2.yaml")]
 NAMES = ("espo", "diffu_grpo", "lora")
+FAMILIES = ("llada", "Dream")
 STEP_BOUND = 1e-6  # float32 sums in another order; the issue's bound for one step
 
 
@@ -45,6 +47,20 @@ def tables(model: Path, name: str, sampler: str) -> dict:
         found["model"] |= {"lora": {"rank": 4, "alpha": 8}}
     # groups of four among three prompts: rows 0-5 and 6-11 split the second group
     return found | {"rollout": {"prompts_per_batch": 3, "group_size": 4}}
+
+
+def supervised_tables(folder: Path, family: str) -> dict:
+    """Float32 adapters on a bfloat16 base with layers computed again, as a large model is trained."""
+    rows = [{"prompt": f"{i}+{i}=", "completion": str(2 * i)} for i in range(16)]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lora = {"rank": 4, "alpha": 8.0}
+    return {
+        "seed": 1,
+        "model": {"path": str(folder / family), "gradient_checkpointing": True, "lora": lora},
+        "data": {"file": str(folder / "pairs.jsonl"), "gen_length": 6, "batch_size": 8},
+        "trainer": {"num_batches": 2, "save_every": 1, "save_total_limit": 9},
+        "optimizer": {"lr": 1e-2, "max_grad_norm": 1.0},
+    }
 
 
 def train_args(folder: Path, name: str, output: str, *extra: str) -> list[str]:
@@ -75,11 +91,19 @@ def runs(registered, tmp_path_factory) -> Path:
         ["then", "train", "--quiet", "--resume", str(folder / "stopped")],
         ["then", *train_args(folder, "espo", "zero2", "FSDP_RESHARD_AFTER_FORWARD=false")],  # as the launcher sets it
     ]
+    for family in FAMILIES:
+        write_checkpoint(family, folder / family, dtype=torch.bfloat16)
+        (folder / f"{family}.toml").write_text(dump_toml(supervised_tables(folder, family)))
+        output = str(folder / f"sft-{family}")
+        commands.append(["then", "sft", str(folder / f"{family}.toml"), "--quiet", "--output", output])
     result = launch(2, folder / "started", [arg for command in commands for arg in command], FSDP2)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     for name in NAMES:
         recipe = train_recipe(tables(folder / "base", name, "roar"), folder)
         run_recipe(recipe, folder / f"single-{name}", SilentView())
+    for family in FAMILIES:
+        recipe = sft_recipe(supervised_tables(folder, family), folder)
+        run_recipe(recipe, folder / f"single-sft-{family}", SilentView())
     return folder
 
 
@@ -99,6 +123,18 @@ def test_one_sharded_step_equals_the_step_of_one_process(runs, name):
     assert max(float(one[key].abs().max()) for key in one if key.endswith("exp_avg")) > 1e-4  # a gradient was there
     for key in one:
         assert torch.allclose(two[key], one[key], rtol=0, atol=STEP_BOUND), key
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_sharded_step_of_adapters_on_a_half_precision_base_equals_that_of_one_process(runs, family):
+    two, one = at_step(runs / f"sft-{family}", 1), at_step(runs / f"single-sft-{family}", 1)
+    assert two.keys() == one.keys() and all("lora_" in key for key in one if key.startswith("model."))
+    assert max(float(one[key].abs().max()) for key in one if "lora_B" in key) > 5e-3  # lr / 2; zero before
+    for key in one:
+        assert torch.allclose(two[key], one[key], rtol=0, atol=STEP_BOUND), key
+    final = load_file(runs / f"sft-{family}" / "model" / "adapter_model.safetensors")
+    assert all(tensor.dtype == torch.float32 for tensor in final.values())
+    assert unmask.load(runs / f"sft-{family}" / "model").adapters == ("default",)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -59,7 +59,6 @@ def fit_for_training(policy: MaskedPolicy, config: ModelConfig, *, seed: int) ->
             f"{policy.name}: a block-causal model (blocks of {policy.block_size}), whose ELBO is not implemented. It "
             "can be sampled and evaluated; train LLaDA or Dream."
         )
-    base: Any = policy.module
     if config.adapter:
         policy = with_adapter(policy, config.adapter)
     if policy.adapters:  # given as model.adapter, or model.path is an adapter's directory
@@ -73,6 +72,7 @@ def fit_for_training(policy: MaskedPolicy, config: ModelConfig, *, seed: int) ->
         raise ConfigError("model.quantization: 4-bit weights cannot be trained. Add [model.lora].")
     if config.gradient_checkpointing:
         policy.enable_gradient_checkpointing()
+    base: Any = policy.switch.module.get_base_model() if policy.switch else policy.module
     if hasattr(base, "cross_entropy"):
         base.cross_entropy = config.cross_entropy
     elif config.cross_entropy != "chunked":
