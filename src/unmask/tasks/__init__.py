@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from unmask.tasks.sudoku import Sudoku
+from unmask.tasks.sudoku_twice import SudokuTwice
 
 TASKS = {
     "sudoku": Sudoku,
+    "sudoku_twice": SudokuTwice,
 }
