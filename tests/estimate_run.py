@@ -1,9 +1,10 @@
-"""Trains recipes in a process of its own and prints by how much its memory grew in each, in bytes.
+"""Trains two recipes in a process of its own and prints by how much its memory grew in the second, in bytes.
 
-    python -m tests.estimate_run RECIPE.json [RECIPE.json ...] OUTPUT
+    python -m tests.estimate_run WARM_UP.json RECIPE.json OUTPUT
 
 Growth is the highest resident size from the moment before the model is built to the end of the run, less the size at
-that moment. The first recipe brings in what is imported and kept once. Linux only.
+that moment. The first recipe, a small one, brings in what is imported and kept once. One process measures one recipe: a
+large run before it would leave a heap in pieces, over which the next one's small tensors spread. Linux only.
 """
 
 from __future__ import annotations
@@ -75,4 +76,4 @@ def growth(recipe: Recipe, output: Path) -> int:
 
 if __name__ == "__main__":
     *files, output = map(Path, sys.argv[1:])
-    print(json.dumps({file.stem: growth(read(file), output / file.stem) for file in files}))
+    print([growth(read(file), output / file.stem) for file in files][-1])

@@ -9,14 +9,16 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from unmask.critic import make_value_model
 from unmask.likelihood import sequence_estimate
 from unmask.models import MaskedPolicy, TinyModelConfig, build_tiny
 from unmask.noise import Noise
 from unmask.objectives.espo import ESPO
 from unmask.rollout import GroupSource, RolloutConfig
 from unmask.samplers import SAMPLERS
+from unmask.schedule import OptimizerConfig, TrainerConfig
 from unmask.tasks.sudoku import Sudoku
-from unmask.trainer import OptimizerConfig, Trainer, TrainerConfig
+from unmask.trainer import Trainer
 from unmask.types import Example, LossInputs, LossOutput, Rollouts, Score, Status
 
 SMALL = TinyModelConfig(hidden_size=16, num_layers=2, num_heads=2, intermediate_size=32, max_length=40)
@@ -32,11 +34,14 @@ def tiny_policy(seed: int = 0, dtype: torch.dtype = torch.float64, config: TinyM
 def fake_rollouts(
     num_groups: int = 3, group_size: int = 4, length: int = 5, prompt: int = 4, seed: int = 0
 ) -> Rollouts:
-    """Rollouts of digits with random rewards, unequal left padding and unequal lengths."""
+    """Rollouts of digits with random rewards and steps, unequal left padding and unequal lengths.
+
+    Every row is also a node of a tree: it has a window of its steps.
+    """
     g = torch.Generator().manual_seed(seed)
     rows = num_groups * group_size
     pads = torch.arange(rows) // group_size % prompt
-    return Rollouts(
+    batch = Rollouts(
         prompt_ids=torch.randint(8, 18, (rows, prompt), generator=g),
         prompt_mask=torch.arange(prompt) >= pads[:, None],
         completion_ids=torch.randint(8, 18, (rows, length), generator=g),
@@ -52,6 +57,14 @@ def fake_rollouts(
         completions=["c"] * rows,
         statuses=["wrong"] * rows,
         facts=[{}] * rows,
+    )
+    first = torch.randint(0, 2, (rows,), generator=g)
+    return replace(
+        batch,
+        reveal_step=torch.randint(0, 4, (rows, length), generator=g),
+        sample_logps=-3 * torch.rand(rows, length, generator=g, dtype=torch.float64),
+        window=torch.stack([first, first + 2], dim=1),
+        process_rewards=torch.rand(rows, generator=g, dtype=torch.float64),
     )
 
 
@@ -107,7 +120,9 @@ class DigitSum:
 def make_trainer(
     policy: MaskedPolicy, algorithm: Any, source: Any, *, reference: MaskedPolicy | None = None, **settings: Any
 ) -> Trainer:
-    """A trainer on a fixed noise, without listeners unless given."""
+    """A trainer on a fixed noise, without listeners unless given; with a value model if the algorithm needs one."""
+    if "value_model" not in settings:
+        settings["value_model"] = make_value_model(policy, reference, algorithm.needs, seed=0, micro_batch_size=64)
     config = {k: settings.pop(k) for k in list(settings) if k in TrainerConfig.__dataclass_fields__}
     return Trainer(
         policy,

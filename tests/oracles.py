@@ -263,13 +263,15 @@ def espo_loss(
     kl: str,
     kl_coef: float,
     kl_scale: str,
+    ratio_scale: str = "per_length",
 ) -> Tensor:
     """-(1/B) Σ_i gain_i + kl_coef · (1/B) Σ_i KL_i from token estimates."""
     losses = []
     for b, advantage in enumerate(advantages):
         n = length[b]
         if level == "sequence":
-            rho = (sum(theta[b][:n]) - sum(old[b][:n])) / n
+            rho = sum(theta[b][:n]) - sum(old[b][:n])
+            rho = rho / n if ratio_scale == "per_length" else rho
             gain = ppo_gain(rho, advantage, *clip)
             penalty = kl_term(sum(theta[b][:n]) - sum(ref[b][:n]), kl)
         else:

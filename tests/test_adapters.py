@@ -384,7 +384,9 @@ def test_every_algorithm_trains_adapters_and_leaves_the_base_alone(
     build = launch.base_policy
     monkeypatch.setattr(launch, "base_policy", lambda *args: made.append(build(*args)) or made[-1])
     (tmp_path / "recipe.toml").write_text(recipe_text(checkpoints[family], algorithm))
-    assert main(["train", str(tmp_path / "recipe.toml"), "--output", str(tmp_path / "run"), "--quiet"]) == 0
+    # those that learn from preferences as published, too
+    online = ["rollout.type=groups"] if ALGORITHMS[algorithm].strategies[0] == "pairs" else []
+    assert main(["train", str(tmp_path / "recipe.toml"), *online, "--output", str(tmp_path / "run"), "--quiet"]) == 0
     (policy,) = made
     stored = dict(unmask.load(checkpoints[family]).module.named_parameters())
     held = {

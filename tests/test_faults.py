@@ -13,23 +13,25 @@ from unmask.build import train_recipe
 from unmask.cli import main
 from unmask.errors import TrainingError
 from unmask.launch import run_recipe
+from unmask.objectives.dga import DGA
 from unmask.objectives.espo import ESPO
 from unmask.run_log import SilentView
 from unmask.types import LossOutput
 
 
-@pytest.fixture
-def fault(model, tmp_path, monkeypatch):  # noqa: F811
+@pytest.fixture(params=["espo", "dga"])  # dga: with a KL that needs the reference, and a value model
+def fault(request, model, tmp_path, monkeypatch):  # noqa: F811
     """The file left by a run whose third update has no finite loss."""
-    whole, calls = ESPO.loss, iter(range(10_000))
+    algorithm = {"espo": ESPO, "dga": DGA}[request.param]
+    whole, calls = algorithm.loss, iter(range(10_000))
 
     def broken(self, x):
         out = whole(self, x)
         # two evaluations an update: one slice and the one for the log
         return LossOutput(out.loss * math.nan, out.metrics) if next(calls) >= 4 else out
 
-    monkeypatch.setattr(ESPO, "loss", broken)
-    recipe = train_recipe(train_tables(model, "espo"), tmp_path)
+    monkeypatch.setattr(algorithm, "loss", broken)
+    recipe = train_recipe(train_tables(model, request.param), tmp_path)
     with pytest.raises(TrainingError, match=r"loss is nan at step 3 \(batch 1\)\. Nothing was updated\."):
         run_recipe(recipe, tmp_path / "run", SilentView())
     monkeypatch.undo()

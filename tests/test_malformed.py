@@ -135,7 +135,7 @@ TRAIN_OVERRIDES: dict[str, tuple[list[str], str]] = {
     "seed is a word": (["seed=abc"], "seed = 'abc'"),
     "seed is a truth value": (["seed=true"], "seed = True"),
     "unknown section": (["rollouts.group_size=4"], "unknown section or key 'rollouts'"),
-    "section of another command": (["data.batch_size=4"], "unknown section or key 'data'"),
+    "preferences without a file": (["data.batch_size=4"], "data.file is missing"),
     "unknown key": (["trainer.num_bathces=4"], "Did you mean 'num_batches'?"),
     "wrong type": (['trainer.num_batches="4"'], 'trainer.num_batches = "4": must be an integer'),
     "a fraction of a batch": (["trainer.num_batches=1.5"], "trainer.num_batches = 1.5"),

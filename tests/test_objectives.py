@@ -48,6 +48,8 @@ ESPO_VARIANTS = [
     {"coupled": False, "num_masks": 3, "level": "token", "count_positions": "to_eos"},
     {"kl_scale": "none"},
     {"kl_scale": "none", "level": "token"},
+    {"ratio_scale": "none"},
+    {"ratio_scale": "none", "count_positions": "to_eos"},
     {"count_positions": "to_eos"},
     {"count_positions": "to_eos", "level": "token", "likelihood": "mean_field"},
     {"clip_low": 0.05, "clip_high": 0.4},
@@ -72,6 +74,7 @@ def test_espo_equals_the_loop_oracle(fields, at_old):
         kl=algorithm.kl,
         kl_coef=algorithm.kl_coef,
         kl_scale=algorithm.kl_scale,
+        ratio_scale=algorithm.ratio_scale,
     )
     assert_same_value_and_gradient(algorithm.loss(x).loss, expected, POLICY)
 
@@ -435,6 +438,8 @@ def test_fields_may_reach_their_limits(algorithm):
         (lambda: ESPO(level="word"), r"algorithm.level = 'word': .*sequence, token"),
         (lambda: ESPO(kl="k4"), r"algorithm.kl = 'k4': .*k1, k2, k3"),
         (lambda: ESPO(kl_scale="length"), r"algorithm.kl_scale = 'length': .*per_length, none"),
+        (lambda: ESPO(ratio_scale="length"), r"algorithm.ratio_scale = 'length': .*per_length, none"),
+        (lambda: ESPO(ratio_scale="none", level="token"), r"algorithm.ratio_scale = 'none': .*level = \"sequence\""),
         (lambda: ESPO(advantage="mean"), r"algorithm.advantage = 'mean': .*leave_one_out, group_centered, z_score"),
         (lambda: ESPO(count_positions="eos"), r"algorithm.count_positions = 'eos': .*all, to_eos"),
         (lambda: ESPO(prompt_mask_ratio=0.15), r"algorithm.prompt_mask_ratio = 0.15: .*mean_field"),

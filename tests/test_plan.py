@@ -16,11 +16,12 @@ from unmask import scoring, trainer
 from unmask.build import Recipe, sft_recipe, supervised_base, train_recipe
 from unmask.cli import main
 from unmask.config import dump_toml
+from unmask.counting import count_passes, rehearse, sampling
 from unmask.launch import Evaluator, cached_base, run_recipe
 from unmask.models import MaskedPolicy
 from unmask.models.block import SDARConfig, SDARForMaskedLM
 from unmask.noise import Noise
-from unmask.plan import Measurement, Plan, count_passes, plan_run, plan_text, rehearse, sampling, size
+from unmask.plan import Measurement, Plan, plan_run, plan_text, size
 from unmask.rollout import GroupSource
 from unmask.run_log import SilentView
 from unmask.samplers import SAMPLERS

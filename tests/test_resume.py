@@ -50,6 +50,33 @@ def train_tables(model: Path, algorithm: str, **trainer) -> dict:
     }
 
 
+BUFFER = {"num_batches": 2, "collect_every": 2}
+SOURCES = {
+    "wd1-buffer": ({"type": "wd1"}, {"buffer": BUFFER}),
+    "dga-buffer": ({"type": "dga"}, {"buffer": BUFFER}),
+    "dmpo_wdce-buffer": ({"type": "dmpo_wdce"}, {"buffer": BUFFER}),
+    "sapo-steps": ({"type": "sapo"}, {"type": "steps"}),
+    "d_treerpo-tree": ({"type": "d_treerpo"}, {"type": "tree"}),
+    "vrpo-pairs": ({"type": "vrpo"}, None),
+    "embr_c-pairs-then-buffer": ({"type": "embr_c"}, {"buffer": BUFFER}),
+}
+"""[algorithm] and [rollout] of runs whose batches come from somewhere else than the last rollouts of groups."""
+
+
+def source_tables(model: Path, kind: str) -> dict:
+    algorithm, rollout = SOURCES[kind]
+    tables = train_tables(model, "espo", num_batches=4, eval_every=2)
+    tables |= {"algorithm": {"num_iterations": 1, **algorithm}, "optimizer": {"lr": 1e-3}}
+    if "pairs" in kind:
+        rows = [{"prompt": f"{i}2|", "chosen": "34", "rejected": str(i)} for i in range(5)]
+        file = model.parent / "pairs.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tables["data"] = {"file": str(file), "batch_size": 2, "num_batches": 1 if rollout else 0}
+    if rollout:
+        tables["rollout"] |= rollout
+    return tables
+
+
 def sft_tables(**trainer) -> dict:
     return {
         "model": {"tiny": {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}},
@@ -92,7 +119,12 @@ class StopAt(StopRequest):
         return 0
 
 
-@pytest.mark.parametrize("kind", ["espo", "diffu_grpo", "sft", "adapters"])
+QUICK_KINDS = ["espo", "diffu_grpo", "sft", "adapters", "wd1-buffer", "vrpo-pairs"]
+
+
+@pytest.mark.parametrize(
+    "kind", [*QUICK_KINDS, *(pytest.param(k, marks=pytest.mark.slow) for k in SOURCES if k not in QUICK_KINDS)]
+)
 def test_stopping_at_every_phase_boundary_changes_no_byte(kind, model, tmp_path, monkeypatch):
     if kind == "sft":
         recipe, launch = sft_recipe(sft_tables(), tmp_path), run_recipe
@@ -100,6 +132,8 @@ def test_stopping_at_every_phase_boundary_changes_no_byte(kind, model, tmp_path,
         tables = train_tables(model, "espo")
         tables["model"] |= {"lora": {"rank": 4, "alpha": 8.0}, "gradient_checkpointing": True}
         recipe, launch = train_recipe(tables, tmp_path), run_recipe
+    elif kind in SOURCES:
+        recipe, launch = train_recipe(source_tables(model, kind), tmp_path), run_recipe
     else:
         recipe, launch = train_recipe(train_tables(model, kind), tmp_path), run_recipe
     launch(recipe, tmp_path / "whole", SilentView())

@@ -21,9 +21,11 @@ from unmask.objectives.sft import SFT
 from unmask.places import cache_directory
 from unmask.rollout import RolloutConfig
 from unmask.samplers import SAMPLERS
+from unmask.schedule import OptimizerConfig, TrainerConfig
+from unmask.strategies import ONLINE
+from unmask.strategies.pairs import OfflineConfig
 from unmask.tasks import TASKS
 from unmask.tasks.sudoku_grids import GENERATOR_VERSION
-from unmask.trainer import OptimizerConfig, TrainerConfig
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,11 @@ class DataConfig:
             if value is not None and value < 1:
                 raise ConfigError(f"data.{key} = {value}: must be at least 1. Try {example}.")
 
+    @property
+    def batch_rows(self) -> int:
+        """B."""
+        return self.batch_size
+
 
 @dataclass(frozen=True)
 class TrackingConfig:
@@ -138,18 +145,34 @@ class Recipe:
     task: Named | None = None
     sampler: Named | None = None
     rollout: RolloutConfig | None = None
-    data: DataConfig | None = None
+    """None: no batch is rolled out."""
+    data: DataConfig | OfflineConfig | None = None
+    """What is read from a file: demonstrations, or preference pairs."""
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    @property
+    def is_supervised(self) -> bool:
+        """Trained on demonstrations, without rewards and without a reference."""
+        return isinstance(self.data, DataConfig)
+
+    @property
+    def num_offline_batches(self) -> int:
+        """Batches that are read from a file."""
+        if not isinstance(self.data, OfflineConfig):
+            return self.trainer.num_batches if self.data else 0
+        return min(self.data.num_batches or self.trainer.num_batches, self.trainer.num_batches)
 
     def tree(self) -> dict[str, Any]:
         """Every key with its value, defaults included: the text of config.toml."""
         out: dict[str, Any] = {"seed": self.seed, "model": to_table(self.model)}
         if self.task:
             out["task"] = to_table(self.task.value, self.task.name)
-        out["algorithm"] = to_table(self.algorithm.value, None if self.data else self.algorithm.name)
+        out["algorithm"] = to_table(self.algorithm.value, None if self.is_supervised else self.algorithm.name)
         if self.sampler:
             out["sampler"] = to_table(self.sampler.value, self.sampler.name)
-        for key in ("rollout", "data", "trainer", "optimizer", "tracking", "evaluation"):
+        if self.rollout:
+            out["rollout"] = to_table(self.rollout, self.rollout.strategy)
+        for key in ("data", "trainer", "optimizer", "tracking", "evaluation"):
             if getattr(self, key) is not None:
                 out[key] = to_table(getattr(self, key))
         if self.evaluation_sampler:
@@ -165,6 +188,7 @@ SECTIONS = {
         "algorithm",
         "sampler",
         "rollout",
+        "data",
         "trainer",
         "optimizer",
         "tracking",
@@ -174,29 +198,125 @@ SECTIONS = {
 }
 
 
+def any_recipe(tree: Mapping[str, Any], directory: Path) -> Recipe:
+    """A checked recipe of whichever command it is for: a supervised one names no algorithm. Raises: ConfigError."""
+    model, algorithm = tree.get("model"), tree.get("algorithm")
+    names_algorithm = isinstance(algorithm, Mapping) and "type" in algorithm
+    is_new = isinstance(model, Mapping) and isinstance(model.get("tiny"), Mapping)  # a run's config says "none"
+    return (sft_recipe if is_new or ("data" in tree and not names_algorithm) else train_recipe)(tree, directory)
+
+
 def train_recipe(tree: Mapping[str, Any], directory: Path) -> Recipe:
     """A checked recipe of `unmask train`; paths are resolved against `directory`. Raises: ConfigError."""
     tables = _sections(tree, "train")
     task = _task(tables)
-    if task is None:
+    data = parse(OfflineConfig, tables["data"], "data") if "data" in tables else None
+    trainer = parse(TrainerConfig, tables.get("trainer", {}), "trainer")
+    is_online = data is None or data.num_batches > 0
+    if task is None and is_online:
         raise ConfigError(f"[task] is missing: must name a task. Known: {', '.join(sorted(TASKS))}.")
     model = _model(tables, directory)
     if model.tiny:
         raise ConfigError("model.tiny: an untrained model has nothing to reinforce. Give model.recipe or model.path.")
     algorithm = Named(*choose(ALGORITHMS, tables.get("algorithm", {}), "algorithm"))
-    sampler = make_sampler(tables.get("sampler", {"type": "low_confidence"}), task, "sampler")
+    sampler = rollout = None
+    if is_online:
+        sampler = make_sampler(tables.get("sampler", {"type": "low_confidence"}), task, "sampler")
+        rollout = _rollout(tables.get("rollout", {}), algorithm, sampler, has_pairs=data is not None)
+    if data:
+        data = _offline(data, algorithm, trainer, sampler or tables.get("sampler"), task, directory)
+    length = sampler.value.gen_length if sampler else data.gen_length if data else None
     return Recipe(
         seed=_seed(tree),
         model=model,
         task=task,
         algorithm=algorithm,
         sampler=sampler,
-        rollout=parse(RolloutConfig, tables.get("rollout", {}), "rollout"),
-        trainer=parse(TrainerConfig, tables.get("trainer", {}), "trainer"),
+        rollout=rollout,
+        data=data,
+        trainer=trainer,
         optimizer=parse(OptimizerConfig, tables.get("optimizer", {}), "optimizer"),
         tracking=parse(TrackingConfig, tables.get("tracking", {}), "tracking"),
-        **_evaluation(tables, task, sampler.value.gen_length),
+        **(_evaluation(tables, task, length) if task and length else {}),
     )
+
+
+def _rollout(table: Mapping[str, Any], algorithm: Named, sampler: Named, *, has_pairs: bool) -> RolloutConfig:
+    """How batches are rolled out; without a type, as the algorithm's publication has it. Raises: ConfigError."""
+    learns_from = algorithm.value.strategies
+    online = [name for name in learns_from if name in ONLINE]
+    if not online:
+        raise ConfigError(
+            f"algorithm.type = {algorithm.name!r}: learns from preference pairs of a file alone. Give data.file, and "
+            "no data.num_batches."
+        )
+    if learns_from[0] == "pairs" and not has_pairs and "type" not in table:
+        raise ConfigError(
+            f"[data] is missing: {algorithm.name} as published learns from preference pairs. Give data.file, or "
+            f"rollout.type = {online[0]!r} to let it learn from rollouts."
+        )
+    if isinstance(table, Mapping):
+        table = {"type": online[0], **table}
+    name, config = choose(ONLINE, table, "rollout")
+    if name not in learns_from:
+        able = sorted(key for key, cls in ALGORITHMS.items() if name in getattr(cls, "strategies", ()))
+        others = f", or an algorithm that learns from it: {', '.join(able)}" if able else ""
+        raise ConfigError(
+            f"rollout.type = {name!r}: {algorithm.name} learns from {' or '.join(map(repr, online))}. "
+            f"Leave the key out{others}."
+        )
+    config.check(sampler.name, sampler.value)
+    needs = algorithm.value.needs
+    if config.buffer.num_batches and (needs.old or needs.evidence_old):
+        raise ConfigError(
+            f"rollout.buffer.num_batches = {config.buffer.num_batches}: {algorithm.name} needs the policy that wrote "
+            "the rollouts, and those of a buffer were written by several. Use 0, or an algorithm without a ratio."
+        )
+    if needs.order and not getattr(sampler.value, "keeps_tokens", False):
+        raise ConfigError(
+            f"sampler.type = {sampler.name!r}: takes tokens back, and {algorithm.name} reads the steps in which they "
+            "were fixed for good. Use 'roar' or 'low_confidence'."
+        )
+    return config
+
+
+def _offline(
+    data: OfflineConfig,
+    algorithm: Named,
+    trainer: TrainerConfig,
+    sampler: Named | Mapping[str, Any] | None,
+    task: Named | None,
+    directory: Path,
+) -> OfflineConfig:
+    """Preference data with its length. Raises: ConfigError if the algorithm cannot learn from it."""
+    if "pairs" not in algorithm.value.strategies:
+        able = sorted(key for key, cls in ALGORITHMS.items() if "pairs" in getattr(cls, "strategies", ()))
+        known = f"Algorithms that do: {', '.join(able)}" if able else "No algorithm here does"
+        raise ConfigError(
+            f"[data] given: {algorithm.name} does not learn from preference pairs. {known}. For demonstrations use "
+            "`unmask sft`."
+        )
+    if data.num_batches >= trainer.num_batches:
+        raise ConfigError(
+            f"data.num_batches = {data.num_batches}: leaves none of trainer.num_batches = {trainer.num_batches} to "
+            "roll out. Use 0 to learn from the file alone."
+        )
+    if isinstance(sampler, Named):
+        length = sampler.value.gen_length
+    else:
+        length = _length(sampler) or (task.value.gen_length if task else None)
+    length = data.gen_length or length
+    if length is None:
+        raise ConfigError("data.gen_length is missing: must be the canvas length in tokens, such as 256.")
+    return replace(data, file=_resolve(data.file, directory) or data.file, gen_length=length)
+
+
+def _length(sampler: Mapping[str, Any] | None) -> int | None:
+    """gen_length of a [sampler] that is not used otherwise. Raises: ConfigError."""
+    length = sampler.get("gen_length") if isinstance(sampler, Mapping) else None
+    if length is not None and (isinstance(length, bool) or not isinstance(length, int) or length < 1):
+        raise ConfigError(f"sampler.gen_length = {length!r}: must be an integer of at least 1. Try 256.")
+    return length
 
 
 def sft_recipe(tree: Mapping[str, Any], directory: Path) -> Recipe:

@@ -20,10 +20,10 @@ from torch import Tensor
 
 from unmask.errors import DataError
 from unmask.files import flush
-from unmask.types import Batch, Corruption, Draw, Rollouts
+from unmask.types import Batch, Corruption, Draw, Evidence, Rollouts
 
-FORMAT = 1
-_CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (Batch, Corruption, Draw, Rollouts)}
+FORMAT = 2
+_CLASSES: dict[str, Any] = {cls.__name__: cls for cls in (Batch, Corruption, Draw, Evidence, Rollouts)}
 
 
 def pack(value: Any, name: str, tensors: dict[str, Tensor], seen: dict[int, str] | None = None) -> Any:

@@ -20,19 +20,24 @@ def read_demonstrations(path: str | Path) -> list[tuple[Example, str]]:
     Raises: DataError with file and line for a row of another form.
     """
     file = Path(path)
+    text = read_text(file)
+    # splitlines would also cut at breaks inside a string
+    rows = [_row(line, number, file) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    if not rows:
+        raise DataError(f"{file}: holds no rows. Give one JSON object per line with prompt and completion.")
+    return rows
+
+
+def read_text(file: Path) -> str:
+    """The content of a data file. Raises: DataError if it cannot be read or is not UTF-8."""
     try:
-        text = file.read_bytes().decode("utf-8-sig")
+        return file.read_bytes().decode("utf-8-sig")
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}). Check data.file.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 text. Convert the file to UTF-8.") from error
     except ValueError as error:  # a zero byte in the name
         raise DataError(f"data.file = {str(file)!r}: cannot be read ({error}). Name a file.") from error
-    # splitlines would also cut at breaks inside a string
-    rows = [_row(line, number, file) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not rows:
-        raise DataError(f"{file}: holds no rows. Give one JSON object per line with prompt and completion.")
-    return rows
 
 
 def _row(line: str, number: int, file: Path) -> tuple[Example, str]:
@@ -46,7 +51,7 @@ def _row(line: str, number: int, file: Path) -> tuple[Example, str]:
     prompt: str | list[dict[str, str]]
     completion: str | list[dict[str, str]]
     if "messages" in row:
-        turns = _messages(row["messages"], f"{where}: messages")
+        turns = messages(row["messages"], f"{where}: messages")
         prompt, completion = turns[:-1], turns[-1:]
         if not prompt:
             raise DataError(f"{where}: messages has a single turn. Give the prompt's turns and the assistant's answer.")
@@ -55,8 +60,8 @@ def _row(line: str, number: int, file: Path) -> tuple[Example, str]:
         if missing:
             raise DataError(f"{where}: no '{missing[0]}'. Give 'prompt' and 'completion', or 'messages'.")
         prompt, completion = row["prompt"], row["completion"]
-        prompt = prompt if isinstance(prompt, str) else _messages(prompt, f"{where}: prompt")
-        completion = completion if isinstance(completion, str) else _messages(completion, f"{where}: completion")
+        prompt = prompt if isinstance(prompt, str) else messages(prompt, f"{where}: prompt")
+        completion = completion if isinstance(completion, str) else messages(completion, f"{where}: completion")
     if not isinstance(completion, str):
         if len(completion) != 1 or completion[0]["role"] != "assistant":
             raise DataError(f"{where}: the completion must be one assistant turn. Drop the other turns.")
@@ -64,7 +69,8 @@ def _row(line: str, number: int, file: Path) -> tuple[Example, str]:
     return Example(id=number, prompt=prompt, columns={}), completion
 
 
-def _messages(value: Any, where: str) -> list[dict[str, str]]:
+def messages(value: Any, where: str) -> list[dict[str, str]]:
+    """Chat turns as they are, checked. Raises: DataError beginning with `where`."""
     good = isinstance(value, list) and bool(value)
     for turn in value if good else ():
         good = good and isinstance(turn, dict) and isinstance(turn.get("role"), str)

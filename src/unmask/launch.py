@@ -20,22 +20,28 @@ from transformers.utils import logging as transformers_logging
 
 from unmask import __version__
 from unmask.bases import model_directory, open_for_training, reference_policy, weights_digest
-from unmask.build import Recipe, TrackingConfig, sft_recipe, supervised_base, train_recipe
+from unmask.buffer import Buffer
+from unmask.build import DataConfig, Recipe, TrackingConfig, any_recipe, supervised_base
 from unmask.checkpoint import unpack
 from unmask.config import dump_toml, read_recipe
+from unmask.critic import Critic, make_value_model
 from unmask.demonstrations import read_demonstrations
 from unmask.errors import ConfigError, DataError, Stopped
 from unmask.evaluation import Setting, evaluate
 from unmask.models import MaskedPolicy, build_tiny
 from unmask.noise import Noise
 from unmask.optional import optional
+from unmask.preferences import read_preferences
 from unmask.ranks import gather_objects, own_rows, rank
 from unmask.rollout import DemonstrationSource, GroupSource, Source
 from unmask.run_log import RunLog, SilentView, StopRequest, View, restore_weights
 from unmask.runs import RunDirectory
 from unmask.sharding import check_launcher, sharding_plugin, unknown_to_accelerate
+from unmask.strategies.pairs import OfflineThenOnline, PairSource
 from unmask.trainer import Trainer
 from unmask.types import Batch, Draw, Example, Sampler
+
+OpenSource = GroupSource | DemonstrationSource | PairSource | OfflineThenOnline
 
 transformers_logging.disable_progress_bar()  # the view has its own
 
@@ -57,7 +63,7 @@ def run_recipe(recipe: Recipe, output: str | Path, view: View, *, resume: bool =
     if evaluator:
         evaluator.attach(policy)
     check_source(policy, recipe, source)
-    reference = reference_policy(policy, accelerator) if recipe.rollout else None
+    reference = None if recipe.is_supervised else reference_policy(policy, accelerator)
     if rank() == 0 and not resume:
         run.create(dump_toml(recipe.tree()))
     carried: dict[str, Any] = {"base": []}
@@ -65,35 +71,68 @@ def run_recipe(recipe: Recipe, output: str | Path, view: View, *, resume: bool =
     return write_summary(run, recipe, carried["base"], evaluator.final_rows("final") if evaluator else [], started)
 
 
-def open_source(recipe: Recipe) -> GroupSource | DemonstrationSource:
+def open_source(recipe: Recipe) -> OpenSource:
     """Where the run's batches come from. Raises: ConfigError or DataError if it can give none."""
     noise = Noise(recipe.seed)
-    source: GroupSource | DemonstrationSource
+    if isinstance(recipe.data, DataConfig):
+        return open_demonstrations(recipe, recipe.data)
+    online = offline = None
     if recipe.rollout:
         assert recipe.task and recipe.sampler
         stream = noise.stream("train").stream("rollouts")
-        source = GroupSource(recipe.task.value, recipe.sampler.value, recipe.rollout, stream)
+        online = recipe.rollout.source(recipe.task.value, recipe.sampler.value, stream)
+        recipe.rollout.share(own_rows(online.batch_rows))
+    if recipe.data:
+        assert recipe.data.gen_length
+        pairs = read_preferences(recipe.data.file, recipe.data.split)
+        stream = noise.stream("train").stream("pairs")
+        offline = PairSource(pairs, recipe.data.gen_length, recipe.data.batch_size, stream)
+        own_rows(offline.batch_rows)
+    if offline and online:
+        return OfflineThenOnline(offline, online, recipe.num_offline_batches)
+    source = online or offline
+    assert source
+    return source
+
+
+def open_demonstrations(recipe: Recipe, data: DataConfig) -> DemonstrationSource:
+    """The source of supervised training."""
+    assert data.gen_length
+    if data.file:
+        rows = read_demonstrations(data.file)
     else:
-        assert recipe.data and recipe.data.gen_length
-        if recipe.data.file:
-            rows = read_demonstrations(recipe.data.file)
-        else:
-            assert recipe.task
-            rows = recipe.task.value.demonstrations("train")
-        stream = noise.stream("sft").stream("data")
-        source = DemonstrationSource(rows, recipe.data.gen_length, recipe.data.batch_size, stream)
+        assert recipe.task
+        rows = recipe.task.value.demonstrations("train")
+    stream = Noise(recipe.seed).stream("sft").stream("data")
+    source = DemonstrationSource(rows, data.gen_length, data.batch_size, stream)
     own_rows(source.batch_rows)
     return source
 
 
-def check_source(policy: MaskedPolicy, recipe: Recipe, source: GroupSource | DemonstrationSource) -> None:
+def check_source(policy: MaskedPolicy, recipe: Recipe, source: OpenSource) -> None:
     """Raises: DataError before anything is written if a text of the source does not fit the model."""
-    if isinstance(source, GroupSource):
+    if isinstance(source, OfflineThenOnline):
+        check_source(policy, recipe, source.offline)
+        check_source(policy, recipe, source.online)
+    elif isinstance(source, GroupSource):
         check_prompts(policy, source.examples, source.sampler.gen_length)
-        return
-    check_prompts(policy, [example for example, _ in source.demonstrations], source.gen_length)
-    for _, completion in source.demonstrations:
-        policy.encode_completions([completion], source.gen_length)
+    elif isinstance(source, PairSource):
+        source.check(policy)
+    else:
+        check_prompts(policy, [example for example, _ in source.demonstrations], source.gen_length)
+        for _, completion in source.demonstrations:
+            policy.encode_completions([completion], source.gen_length)
+
+
+def open_buffer(recipe: Recipe) -> Buffer | None:
+    """The run's store of earlier rollouts."""
+    return Buffer(recipe.rollout.buffer, Noise(recipe.seed).stream("train")) if recipe.rollout else None
+
+
+def open_value_model(recipe: Recipe, policy: MaskedPolicy, reference: MaskedPolicy | None) -> Critic | None:
+    """What the algorithm learns beside the policy, if anything; opened before the trainer wraps the policy."""
+    needs, size = recipe.algorithm.value.needs, recipe.trainer.micro_batch_size
+    return make_value_model(policy, reference, needs, seed=recipe.seed, micro_batch_size=size)
 
 
 def make_accelerator(tracking: TrackingConfig, run: RunDirectory) -> Accelerator:
@@ -138,7 +177,8 @@ def train_loop(
     """From the first evaluation to the trained weights in model/. `carried` goes into checkpoints and comes back."""
     stop = StopRequest()
     digest = weights_digest(policy.module)  # before the trainer wraps or shards it
-    log = RunLog(run, view, policy, accelerator, stop=stop, carried=carried, with_rollouts=recipe.data is None)
+    log = RunLog(run, view, policy, accelerator, stop=stop, carried=carried, with_rollouts=recipe.rollout is not None)
+    values = open_value_model(recipe, policy, reference)
     trainer = Trainer(
         policy,
         reference,
@@ -150,13 +190,15 @@ def train_loop(
         accelerator=accelerator,
         evaluate=evaluator.held_out_row if evaluator else None,
         listeners=(log,),
+        value_model=values,
+        buffer=open_buffer(recipe),
     )
     is_restored = resume and log.restore(trainer, digest)
     carried["base_weights"] = digest
     if not is_restored:
         if rank() == 0:
             run.cut_back({})
-        if recipe.rollout and evaluator:
+        if evaluator and not recipe.is_supervised:
             carried["base"] = evaluator.final_rows("base")
     view.stage(f"training with {recipe.algorithm.name}", trainer.total_steps, trainer.state.step)
     if recipe.tracking.trackers:
@@ -168,6 +210,8 @@ def train_loop(
         for tracker in accelerator.trackers:
             tracker.finish()
     log.save_model("model")
+    if values and rank() == 0:
+        run.save_model("energy", values.save)
 
 
 class Evaluator:
@@ -261,6 +305,7 @@ def write_summary(
         "seed": recipe.seed,
         "seconds": time.perf_counter() - started,
         "threads": torch.get_num_threads(),
+        "peak_device_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
         "base": base,
         "final": final,
     }
@@ -335,14 +380,16 @@ def replay(file: Path, *, double: bool = False) -> dict[str, Any]:
     if not config.is_file():
         raise ConfigError(f"{config}: missing; it says which model the batch belongs to. Put the file back there.")
     tree = read_recipe(config)
-    recipe = (sft_recipe if "data" in tree else train_recipe)(tree, file.parent)
+    recipe = any_recipe(tree, file.parent)
     policy = base_policy(recipe, SilentView())
+    reference = None if recipe.is_supervised else reference_policy(policy)  # of the weights that the run began with
     restore_weights(policy.module, tensors)
     state = {name: unpack(value, tensors) for name, value in content["trainer"].items()}
-    if double:
-        policy.module.double()
+    for model in (policy, reference) if double else ():
+        if model:
+            model.module.double()
     batch, draw = state["batch"], state["batch"].draws[state["inner"]]
-    logps, loss, norm = repeat_update(recipe, policy, batch, draw)
+    logps, loss, norm = repeat_update(recipe, policy, reference, batch, draw)
     bad = (~torch.isfinite(logps) & draw.corruption.scored).any(1)  # (B, L)
     rows = [
         {
@@ -356,11 +403,13 @@ def replay(file: Path, *, double: bool = False) -> dict[str, Any]:
     return {"message": content["message"], "rows": rows, "loss": loss, "grad_norm": norm}
 
 
-def repeat_update(recipe: Recipe, policy: MaskedPolicy, batch: Batch, draw: Draw) -> tuple[Tensor, float, float]:
+def repeat_update(
+    recipe: Recipe, policy: MaskedPolicy, reference: MaskedPolicy | None, batch: Batch, draw: Draw
+) -> tuple[Tensor, float, float]:
     """Log-probabilities (B, K, L), loss and gradient 2-norm of one update, without making it."""
     trainer = Trainer(
         policy,
-        None,
+        reference,
         DemonstrationSource([(Example(0, ""), "")], 1, 1, Noise(0)),
         recipe.algorithm.value,
         recipe.trainer,
@@ -368,8 +417,8 @@ def repeat_update(recipe: Recipe, policy: MaskedPolicy, batch: Batch, draw: Draw
         noise=Noise(recipe.seed),
         accelerator=Accelerator(cpu=not torch.accelerator.is_available()),
     )
-    logps = trainer.backward(batch, draw)
+    numbers = trainer.backward(batch, draw)
     with torch.no_grad():
-        loss = float(recipe.algorithm.value.loss(trainer.loss_inputs(batch, draw, logps)).loss)
+        loss = float(recipe.algorithm.value.loss(trainer.loss_inputs(batch, draw, numbers)).loss)
     squares = sum(float(p.grad.double().square().sum()) for p in trainer.parameters if p.grad is not None)
-    return logps, loss, squares**0.5
+    return numbers["logps"], loss, squares**0.5

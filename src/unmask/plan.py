@@ -6,7 +6,6 @@ Nothing is written. The counts are those of one process and a run to its last ba
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -20,36 +19,17 @@ from unmask.bases import fit_for_training, model_directory, open_for_training, r
 from unmask.build import Recipe, supervised_base
 from unmask.checkpoint import pack
 from unmask.config import dump_toml
-from unmask.launch import Evaluator, check_source, open_source
+from unmask.counting import Passes, batch_rows, count_passes, num_collected, sampling
+from unmask.launch import Evaluator, check_source, open_buffer, open_source, open_value_model
 from unmask.models import MaskedPolicy, build_tiny
 from unmask.noise import Noise
 from unmask.run_log import SilentView, rollout_rows, trained_parameters
 from unmask.runs import plain
-from unmask.scoring import micro_batches
+from unmask.strategies.pairs import OfflineConfig
 from unmask.trainer import Trainer
-from unmask.types import Batch, PromptBatch, Sampler, TokenOutput
+from unmask.types import Batch
 
 MEASURED_BATCHES = 3
-
-
-@dataclass(frozen=True)
-class Passes:
-    """Model passes of one kind over a whole run.
-
-    `sequences` are canvases sent through the model. Masked copies in which nothing happens to be masked are left out
-    when they are scored, so for algorithms that draw mask counts from 0 on it is an upper bound, at most 1/(L+1) high.
-    """
-
-    name: str
-    phase: str  # of the trainer's timing: "collect", "score", "update" or "evaluate"
-    forwards: int  # calls
-    sequences: int
-    backwards: int = 0  # calls; each follows one of the forwards
-    backward_sequences: int = 0
-
-    def flops(self, num_parameters: int, tokens: float) -> float:
-        """2ND a sequence forward, 4ND backward: N parameters, D tokens of a canvas."""
-        return (2 * self.sequences + 4 * self.backward_sequences) * num_parameters * tokens
 
 
 @dataclass(frozen=True)
@@ -62,6 +42,7 @@ class Measurement:
     checkpoint_bytes: int
     bytes_per_batch: float  # rows of the logs
     bytes_per_step: float
+    num_evidence: int = 0  # K of the copies that weights of whole rollouts are made of
 
 
 @dataclass(frozen=True)
@@ -89,6 +70,8 @@ class Plan:
         """By phase; the time for loading the model and for writing files is not in it."""
         seconds, batches = self.measured.seconds, self.recipe.trainer.num_batches
         hours = {phase: seconds[phase] * batches / 3600 for phase in ("collect", "score", "update")}
+        if self.recipe.rollout:  # reading a file takes no time to speak of
+            hours["collect"] = seconds["collect"] * num_collected(self.recipe) / 3600
         evaluated = sum(item.sequences for item in self.passes if item.phase == "evaluate")
         return {**hours, "evaluate": seconds["evaluate"] * evaluated / 3600}
 
@@ -112,157 +95,6 @@ class Plan:
         }
 
 
-# ---- counting
-
-
-def count_passes(
-    recipe: Recipe, num_masks: int, num_held_out: int, num_final: int, block_size: int | None = None
-) -> Iterator[Passes]:
-    """Every model pass of the run; `num_masks` is K of one draw, then numbers of examples, `block_size` the policy's.
-
-    collect     S forwards a rollout                    update     μ (+ μ where a first pass is needed)
-    old         one for each draw but the first          reference  one for each draw
-    monitor     2 copies of some rollouts, policy and reference
-    """
-    trainer, algorithm = recipe.trainer, recipe.algorithm.value
-    batches, size, rows = trainer.num_batches, trainer.micro_batch_size, batch_rows(recipe)
-    draws = algorithm.num_iterations if algorithm.fresh_masks else 1
-    calls, copies = num_parts(rows, num_masks, size), rows * num_masks
-    if recipe.rollout and recipe.sampler:
-        yield sampling("collect", "collect", recipe.sampler.value, rows, recipe.rollout.batch_size, batches, block_size)
-    if algorithm.needs.old:
-        # the first update's own pass gives the old log-probabilities, unless these are read from other masks
-        scored = (draws - 1 if algorithm.share_masks else draws) * batches
-        yield Passes("old policy", "score", scored * calls, scored * copies)
-    if algorithm.needs.ref:
-        yield Passes("reference", "score", draws * batches * calls, draws * batches * copies)
-    if trainer.monitor_rows:
-        watched, models = min(trainer.monitor_rows, rows), 1 if recipe.data else 2
-        forwards = num_parts(watched, 2, size) * models * batches
-        yield Passes("monitor", "score", forwards, 2 * watched * models * batches)
-    updates = batches * algorithm.num_iterations
-    passes = 1 if algorithm.is_row_separable and size >= num_masks else 2
-    yield Passes(
-        "update", "update", passes * updates * calls, passes * updates * copies, updates * calls, updates * copies
-    )
-    if recipe.evaluation_sampler:
-        yield from evaluation_passes(recipe, num_held_out, num_final, block_size)
-
-
-def evaluation_passes(
-    recipe: Recipe, num_held_out: int, num_final: int, block_size: int | None = None
-) -> Iterator[Passes]:
-    """The periodic evaluations, and those before (reinforcement only) and after the training."""
-    assert recipe.evaluation_sampler
-    sampler, size = recipe.evaluation_sampler.value, recipe.evaluation.batch_size
-    every, batches = recipe.trainer.eval_every, recipe.trainer.num_batches
-    times = -(-batches // every) if every else 0  # every so many batches, and after the last
-    yield sampling("evaluation", "evaluate", sampler, num_held_out, size, times, block_size)
-    samplers = [replace(sampler, num_steps=n) for n in recipe.evaluation.final_num_steps] or [sampler]
-    rounds = [sampling("", "", s, num_final, size, 1 if recipe.data else 2, block_size) for s in samplers]
-    forwards, sequences = sum(r.forwards for r in rounds), sum(r.sequences for r in rounds)
-    yield Passes("final rows" if recipe.data else "base and final", "evaluate", forwards, sequences)
-
-
-def sampling(
-    name: str, phase: str, sampler: Sampler, rows: int, batch_size: int, times: int, block_size: int | None = None
-) -> Passes:
-    """Passes of sampling `rows` completions, `times` times over, from a model that reads in blocks if so said."""
-    steps = rehearse(sampler, 1, block_size).forwards
-    return Passes(name, phase, times * -(-rows // batch_size) * steps, times * rows * steps)
-
-
-@dataclass
-class Decoding:
-    """What a sampler asks of a model for one completion; samplers that may finish sooner are taken not to."""
-
-    forwards: int = 0
-    tokens: int = 0  # through the model, in all forwards
-    wanted: int = 0  # positions whose logits are asked for, in all forwards
-    most_tokens: int = 0  # in one forward
-    most_wanted: int = 0
-    pairs: int = 0  # a token and one that it sees, in all forwards
-    cached: int = 0  # positions whose keys and values are kept, at most
-
-
-class _Cache:
-    """Counts the positions that a model would keep."""
-
-    length = 0
-
-    def get_seq_length(self) -> int:
-        return self.length
-
-
-class _Listener:
-    """A policy that knows nothing, and writes down what it is asked."""
-
-    mask_token_id, pad_token_id, max_length = 7, 0, 1 << 60
-    stop_token_ids: tuple[int, ...] = (6,)
-    device = torch.device("cpu")
-
-    def __init__(self, block_size: int | None):
-        self.block_size = block_size
-        self.heard = Decoding()
-
-    def token_outputs(
-        self,
-        canvas: Tensor,
-        attention_mask: Tensor | None,
-        positions: Tensor,
-        *,
-        targets: Tensor | None = None,
-        want: Sequence[str] = ("logits",),
-        cache: Any = None,
-    ) -> TokenOutput:
-        tokens, wanted = canvas.shape[1], int(positions.sum())
-        seen = tokens + (cache.length if cache is not None else 0)
-        heard = self.heard
-        self.heard = Decoding(
-            forwards=heard.forwards + 1,
-            tokens=heard.tokens + tokens,
-            wanted=heard.wanted + wanted,
-            most_tokens=max(heard.most_tokens, tokens),
-            most_wanted=max(heard.most_wanted, wanted),
-            pairs=heard.pairs + tokens * seen,
-            cached=max(heard.cached, seen if cache is not None else 0),
-        )
-        if cache is not None:
-            cache.length = seen
-        logits = torch.zeros(wanted, 8)
-        logits[:, self.mask_token_id] = -torch.inf
-        logp = None if targets is None else torch.zeros(wanted)
-        return TokenOutput(logits, logp, torch.zeros(wanted))
-
-    def new_cache(self) -> _Cache:
-        return _Cache()
-
-    def forget(self, cache: _Cache, num_positions: int) -> None:
-        cache.length -= num_positions
-
-
-def rehearse(sampler: Sampler, prompt_tokens: int, block_size: int | None = None) -> Decoding:
-    """Let the sampler write one completion with a model that gives every token the same probability."""
-    policy = _Listener(block_size)
-    ids = torch.zeros(1, prompt_tokens, dtype=torch.int64)
-    prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1).long(), torch.zeros(1).long())
-    sampler.sample(policy, prompts, noise=Noise(0))
-    return policy.heard
-
-
-def num_parts(num_rows: int, num_masks: int, micro_batch_size: int) -> int:
-    """Micro-batches of one pass over the masked copies of a batch."""
-    return sum(1 for _ in micro_batches(num_rows, num_masks, micro_batch_size))
-
-
-def batch_rows(recipe: Recipe) -> int:
-    """B, rollouts or demonstrations of a batch."""
-    if recipe.rollout:
-        return recipe.rollout.prompts_per_batch * recipe.rollout.group_size
-    assert recipe.data
-    return recipe.data.batch_size
-
-
 # ---- measuring
 
 
@@ -284,7 +116,9 @@ def plan_run(recipe: Recipe) -> Plan:
         num_parameters=sum(p.numel() for p in parameters),
         weight_bytes=sum(p.numel() * p.element_size() for p in parameters),
         measured=measured,
-        passes=list(count_passes(recipe, measured.num_masks, num_held_out, num_final, policy.block_size)),
+        passes=list(
+            count_passes(recipe, measured.num_masks, num_held_out, num_final, policy.block_size, measured.num_evidence)
+        ),
         base=base,
     )
 
@@ -308,11 +142,13 @@ def measure(recipe: Recipe, policy: MaskedPolicy, evaluator: Evaluator | None) -
     """Collect, score and update three batches as the run would, then evaluate some completions."""
     count = min(MEASURED_BATCHES, recipe.trainer.num_batches)
     recorder = Recorder()
+    recipe = measured_recipe(recipe)
     source = open_source(recipe)
     check_source(policy, recipe, source)
+    reference = None if recipe.is_supervised else reference_policy(policy)
     trainer = Trainer(
         policy,
-        reference_policy(policy) if recipe.data is None else None,
+        reference,
         source,
         recipe.algorithm.value,
         replace(recipe.trainer, num_batches=count, eval_every=0),
@@ -320,21 +156,33 @@ def measure(recipe: Recipe, policy: MaskedPolicy, evaluator: Evaluator | None) -
         noise=Noise(recipe.seed).stream("train"),
         accelerator=Accelerator(cpu=not torch.accelerator.is_available()),
         listeners=(recorder,),
+        buffer=open_buffer(recipe),
+        value_model=open_value_model(recipe, policy, reference),
     )
     trainer.run()
     seconds = {phase: recorder.seconds(phase) for phase in ("collect", "score", "update")}
     seconds["evaluate"] = evaluation_seconds(recipe, evaluator) if evaluator else 0.0
     first = recorder.batches[0]
     tokens = torch.cat([batch.rollouts.prompt_mask.sum(1) for batch in recorder.batches]).double().mean()
-    rows = rollout_rows(first) if recipe.data is None else []
+    rows = rollout_rows(recorder.batches[-1])
     return Measurement(
         num_masks=first.draws[0].corruption.num_masks,
+        num_evidence=first.evidence.corruption.num_masks if first.evidence else 0,
         tokens=float(tokens) + first.rollouts.completion_length,
         seconds=seconds,
         checkpoint_bytes=recorder.checkpoint_bytes,
         bytes_per_batch=json_bytes(rows),
         bytes_per_step=json_bytes(recorder.rows) / len(recorder.timing),
     )
+
+
+def measured_recipe(recipe: Recipe) -> Recipe:
+    """As the recipe, with every batch but one rolled out if any are, so that the median is of those."""
+    if recipe.rollout is None:
+        return recipe
+    buffer = replace(recipe.rollout.buffer, collect_every=1)
+    data = replace(recipe.data, num_batches=1) if isinstance(recipe.data, OfflineConfig) else None
+    return replace(recipe, rollout=replace(recipe.rollout, buffer=buffer), data=data)
 
 
 def evaluation_seconds(recipe: Recipe, evaluator: Evaluator) -> float:
@@ -386,6 +234,7 @@ def checkpoint_bytes(trainer: Trainer) -> int:
         {
             "trainer": {name: pack(value, name, tensors) for name, value in vars(trainer.state).items()},
             "optimizer": pack(trainer.updates.state(keep=True), "optimizer", tensors),
+            "buffer": pack(trainer.buffer.state(), "buffer", tensors),
         }
     )
     header = sum(len(name) + 80 for name in tensors)  # type, shape and place of each tensor as JSON
@@ -411,11 +260,9 @@ def plan_lines(plan: Plan) -> list[str]:
     written, kept = plan.checkpoints
     disk = plan.disk_bytes
     hours = plan.hours
-    of = f"{recipe.rollout.prompts_per_batch} prompts x {recipe.rollout.group_size}" if recipe.rollout else "given"
     lines = [
-        f"plan of {'supervised training' if recipe.data else recipe.algorithm.name}, seed {recipe.seed}",
-        f"batches      {recipe.trainer.num_batches:,} of {batch_rows(recipe):,} completions ({of})",
-        f"{'rollouts' if recipe.rollout else 'completions':12s} {recipe.trainer.num_batches * batch_rows(recipe):,}",
+        f"plan of {'supervised training' if recipe.is_supervised else recipe.algorithm.name}, seed {recipe.seed}",
+        *batch_lines(recipe),
         f"updates      {plan.num_updates:,}, each on masked copies of every completion: {measured.num_masks}",
         f"model        {plan.num_parameters:,} parameters, {measured.tokens:.1f} tokens a canvas",
         "",
@@ -436,6 +283,26 @@ def plan_lines(plan: Plan) -> list[str]:
             "The base is not in the cache: it is trained first, and the hours above are a new model's of its shape.",
         ]
         lines += plan_lines(plan.base)
+    return lines
+
+
+def batch_lines(recipe: Recipe) -> list[str]:
+    """What the batches are, and how much comes together."""
+    offline, rollout, lines, rollouts = recipe.num_offline_batches, recipe.rollout, [], 0
+    if recipe.data:
+        of = "given" if recipe.is_supervised else f"pairs x 2, of {Path(recipe.data.file or '').name}"
+        lines.append(f"batches      {offline:,} of {recipe.data.batch_rows:,} completions ({of})")
+        if not rollout:
+            lines.append(f"completions  {offline * recipe.data.batch_rows:,}")
+    if rollout:
+        online = recipe.trainer.num_batches - offline
+        completions = rollout.prompts_per_batch * rollout.group_size
+        rollouts = num_collected(recipe) * completions
+        of = f"{rollout.prompts_per_batch} prompts x {rollout.group_size}"
+        lines.append(f"batches      {online:,} of {completions:,} completions ({of})")
+        if rollout.batch_rows != completions:
+            lines.append(f"rows         {rollout.batch_rows:,} of a batch are trained on, the nodes of its trees")
+        lines.append(f"{'rollouts':12s} {rollouts:,}")
     return lines
 
 

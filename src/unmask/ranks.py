@@ -86,7 +86,7 @@ def gather_rollouts(own: Rollouts) -> Rollouts:
         value = getattr(own, f.name)
         if isinstance(value, Tensor):
             changes[f.name] = gather_rows(value)
-        else:
+        elif value is not None:
             changes[f.name] = [item for part in gather_objects(value) for item in part]
     return replace(own, **changes)
 

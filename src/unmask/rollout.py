@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from unmask.buffer import BufferConfig
 from unmask.errors import ConfigError, DataError, RewardError
 from unmask.ranks import failing_together
+from unmask.samplers.canvas import Start
 from unmask.sharding import in_step
 from unmask.types import (
     Example,
@@ -62,7 +64,7 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class RolloutConfig:
-    """How a training batch is collected."""
+    """How a training batch is collected: G completions of each prompt, which are compared with each other."""
 
     prompts_per_batch: int = 16
     """Prompts per rollout batch, drawn with replacement. ESPO (arXiv:2512.03759): 96 rollouts = 16 x 6."""
@@ -70,6 +72,10 @@ class RolloutConfig:
     """G, completions per prompt. ESPO on GSM8K: 6."""
     batch_size: int = 128
     """Rollouts sampled in one forward; changes speed and memory, not the rollouts."""
+    buffer: BufferConfig = field(default_factory=BufferConfig)
+    """Rollouts of earlier batches that are trained on again."""
+
+    strategy: ClassVar[str] = "groups"
 
     def __post_init__(self) -> None:
         for key in ("prompts_per_batch", "group_size", "batch_size"):
@@ -80,6 +86,34 @@ class RolloutConfig:
                 "rollout.group_size = 1: advantages compare the completions of one prompt, so at least 2 are needed. "
                 "Try 8."
             )
+
+    @property
+    def rows_per_prompt(self) -> int:
+        """Rows of a batch that belong to one prompt; processes share whole prompts where these hang together."""
+        return self.group_size
+
+    @property
+    def batch_rows(self) -> int:
+        """B."""
+        return self.prompts_per_batch * self.rows_per_prompt
+
+    def sampled(self, num_steps: int) -> list[tuple[str, int, int]]:
+        """(name, completions, forwards of each) of all that is sampled for a batch."""
+        return [("collect", self.prompts_per_batch * self.group_size, num_steps)]
+
+    def share(self, rows: slice) -> range:
+        """Numbers of the prompts that a process holds with these rows of a batch, where it has to hold them whole.
+
+        Raises: ConfigError if a prompt's rows are not all among them.
+        """
+        return range(0)
+
+    def check(self, name: str, sampler: Any) -> None:
+        """Raises: ConfigError if the sampler, which goes by this name, cannot do what is asked of it."""
+
+    def source(self, task: Task, sampler: Any, noise: NoiseLike) -> GroupSource:
+        """Where the batches come from."""
+        return GroupSource(task, sampler, self, noise)
 
 
 def judge(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> list[Score]:
@@ -110,26 +144,75 @@ def roll_out(
 
     With several processes: what a prompt or a reward raises on one of them is raised on all.
     """
+    texts, batch = encode(policy, examples, rollout_index, sampler.gen_length)
+    jobs: list[tuple[PromptBatch, Start | None]] = [(batch, None)]
+    parts = draw_samples(
+        policy, sampler, jobs, batch.prompt_ids[:1], noise=noise, batch_size=batch_size, on_rows=on_rows
+    )
+    return judged(policy, task, examples, texts, batch, join_samples(parts), groups)
+
+
+def encode(
+    policy: TextPolicy, examples: Sequence[Example], rollout_index: Tensor, gen_length: int
+) -> tuple[list[str], PromptBatch]:
+    """The prompts as text and as tokens, one per row."""
     with failing_together():
         texts = [policy.render(example.prompt) for example in examples]
-        prompt_ids, prompt_mask = policy.encode_prompts(texts, sampler.gen_length)
+        prompt_ids, prompt_mask = policy.encode_prompts(texts, gen_length)
     keys = torch.tensor([example.id for example in examples], device=policy.device)
-    batch = PromptBatch(prompt_ids, prompt_mask, keys, rollout_index.to(policy.device))
+    return texts, PromptBatch(prompt_ids, prompt_mask, keys, rollout_index.to(policy.device))
+
+
+def draw_samples(
+    policy: TextPolicy,
+    sampler: Any,
+    jobs: Sequence[tuple[PromptBatch, Start | None]],
+    canvas: Tensor,  # (1, T) int64
+    *,
+    noise: NoiseLike,
+    batch_size: int,
+    on_rows: Callable[[int], None] | None = None,
+) -> list[Samples]:
+    """Completions of the rows of all jobs, one job after the other, in parts; a job may begin where others stood.
+
+    With several processes each may have other jobs, or none, and keeps step with the others on `canvas`.
+    """
     parts = []
-    with in_step(policy, prompt_ids[:1]) as stepping:
-        for start in range(0, len(examples), batch_size):
-            parts.append(sampler.sample(stepping, take_rows(batch, slice(start, start + batch_size)), noise=noise))
-            if on_rows:
-                on_rows(len(parts[-1]))
-    samples = Samples(*(torch.cat([getattr(p, name) for p in parts]) for name in Samples.__dataclass_fields__))
+    with in_step(policy, canvas) as stepping:
+        for batch, start in jobs:
+            for first in range(0, len(batch), batch_size):
+                rows = slice(first, first + batch_size)
+                # samplers that cannot go on from a state have no such argument
+                begin = {} if start is None else {"start": Start(take_rows(start.samples, rows), start.step)}
+                parts.append(sampler.sample(stepping, take_rows(batch, rows), noise=noise, **begin))
+                if on_rows:
+                    on_rows(len(parts[-1]))
+    return parts
+
+
+def join_samples(parts: Sequence[Samples]) -> Samples:
+    """The rows of all parts."""
+    return Samples(*(torch.cat([getattr(p, name) for p in parts]) for name in Samples.__dataclass_fields__))
+
+
+def judged(
+    policy: TextPolicy,
+    task: Task,
+    examples: Sequence[Example],
+    texts: list[str],
+    batch: PromptBatch,
+    samples: Samples,
+    groups: Tensor,  # (B,) int64
+) -> Rollouts:
+    """Finished completions with the task's scores."""
     with failing_together():
         completions = policy.decode(samples.completion_ids)
         scores = judge(task, examples, completions)
     return Rollouts(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
+        prompt_ids=batch.prompt_ids,
+        prompt_mask=batch.prompt_mask,
         completion_ids=samples.completion_ids,
-        prompt_key=keys,
+        prompt_key=batch.prompt_key,
         rollout_index=batch.rollout_index,
         groups=groups.to(policy.device),
         rewards=torch.tensor([s.value for s in scores], dtype=torch.float64, device=policy.device),
@@ -167,17 +250,21 @@ class GroupSource:
 
     @property
     def batch_rows(self) -> int:
-        return self.config.prompts_per_batch * self.config.group_size
+        return self.config.batch_rows
+
+    def examples_of(self, iteration: int, rows: slice) -> list[Example]:
+        """Whose prompt it is, for the given rows of a batch."""
+        n, size = self.config.prompts_per_batch, self.config.rows_per_prompt
+        indices = draw_indices(self.noise.stream("prompts"), iteration, n, len(self.examples))
+        return [self.examples[indices[row // size]] for row in range(self.batch_rows)[rows]]
 
     def collect(self, policy: TextPolicy, iteration: int, rows: slice) -> Rollouts:
-        n, g = self.config.prompts_per_batch, self.config.group_size
-        indices = draw_indices(self.noise.stream("prompts"), iteration, n, len(self.examples))
-        chosen = range(n * g)[rows]
+        chosen = torch.arange(self.batch_rows)[rows]
         # unique among all rollouts of a prompt, also when the prompt is drawn twice
-        rollout_index = torch.tensor([iteration * n * g + row for row in chosen])
-        groups = torch.tensor([row // g for row in chosen])
-        examples = [self.examples[indices[row // g]] for row in chosen]
-        return roll_out(
+        rollout_index = iteration * self.batch_rows + chosen
+        groups = chosen // self.config.group_size
+        examples = self.examples_of(iteration, rows)
+        rollouts = roll_out(
             policy,
             self.task,
             self.sampler,
@@ -187,6 +274,7 @@ class GroupSource:
             noise=self.noise.stream("sampler"),
             batch_size=self.config.batch_size,
         )
+        return replace(rollouts, sampled_at=torch.full_like(rollouts.groups, iteration))
 
 
 @dataclass
@@ -210,34 +298,54 @@ class DemonstrationSource:
         indices = draw_indices(self.noise.stream("prompts"), iteration, self.rows, len(self.demonstrations))
         chosen = range(self.rows)[rows]
         pairs = [self.demonstrations[indices[row]] for row in chosen]
-        with failing_together():
-            texts = [policy.render(example.prompt) for example, _ in pairs]
-            prompt_ids, prompt_mask = policy.encode_prompts(texts, self.gen_length)
-            completion_ids = policy.encode_completions([text for _, text in pairs], self.gen_length)
-        size, length = completion_ids.shape
-        empty = torch.zeros(size, length, device=policy.device)
-        row_ids = torch.tensor([iteration * self.rows + row for row in chosen], device=policy.device)
-        return Rollouts(
-            prompt_ids=prompt_ids,
-            prompt_mask=prompt_mask,
-            completion_ids=completion_ids,
-            prompt_key=torch.tensor([example.id for example, _ in pairs], device=policy.device),
-            rollout_index=row_ids,
-            groups=torch.tensor(list(chosen), device=policy.device),
-            rewards=torch.zeros(size, dtype=torch.float64, device=policy.device),
-            length=policy.completion_lengths(completion_ids),
-            reveal_step=empty.long(),
-            sample_logps=empty.double(),
-            nfe=torch.zeros(size, dtype=torch.int64, device=policy.device),
-            prompts=texts,
-            completions=[text for _, text in pairs],
-            statuses=["given"] * size,
-            facts=[{}] * size,
-        )
+        numbers = torch.tensor(list(chosen))
+        return given(policy, pairs, self.gen_length, iteration * self.rows + numbers, numbers)
+
+
+def given(
+    policy: TextPolicy,
+    pairs: Sequence[tuple[Example, str]],  # B
+    gen_length: int,
+    rollout_index: Tensor,  # (B,) int64
+    groups: Tensor,  # (B,) int64
+) -> Rollouts:
+    """Completions that come from elsewhere, with reward 0: no policy of the run wrote them, and in no order."""
+    with failing_together():
+        texts = [policy.render(example.prompt) for example, _ in pairs]
+        prompt_ids, prompt_mask = policy.encode_prompts(texts, gen_length)
+        completion_ids = policy.encode_completions([text for _, text in pairs], gen_length)
+    size, length = completion_ids.shape
+    empty = torch.zeros(size, length, device=policy.device)
+    return Rollouts(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids,
+        prompt_key=torch.tensor([example.id for example, _ in pairs], device=policy.device),
+        rollout_index=rollout_index.to(policy.device),
+        groups=groups.to(policy.device),
+        rewards=torch.zeros(size, dtype=torch.float64, device=policy.device),
+        length=policy.completion_lengths(completion_ids),
+        reveal_step=empty.long(),
+        sample_logps=empty.double(),
+        nfe=torch.zeros(size, dtype=torch.int64, device=policy.device),
+        prompts=texts,
+        completions=[text for _, text in pairs],
+        statuses=["given"] * size,
+        facts=[{}] * size,
+    )
+
+
+def is_finished(rollouts: Rollouts) -> Tensor:  # (B,) bool
+    """Rows that are whole completions: all but the inner nodes of trees."""
+    if rollouts.window is None:
+        return torch.ones_like(rollouts.groups, dtype=torch.bool)
+    return rollouts.window[:, 1] == rollouts.window[:, 1].max()
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """What a batch of rollouts looks like, before any update on it."""
+    """What a batch of rollouts looks like, before any update on it; of trees, the leaves."""
+    if rollouts.window is not None:
+        rollouts = take_rows(rollouts, is_finished(rollouts).nonzero()[:, 0])
     rewards = rollouts.rewards
     _, inverse = rollouts.groups.unique(return_inverse=True)
     num_groups = int(inverse.max()) + 1

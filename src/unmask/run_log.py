@@ -19,6 +19,7 @@ from unmask.detectors import Detectors
 from unmask.errors import ConfigError, Stopped
 from unmask.models import MaskedPolicy
 from unmask.ranks import gather_objects, rank
+from unmask.rollout import is_finished
 from unmask.runs import RunDirectory, replace_file
 from unmask.sharding import fill, is_sharded, whole_tensors
 from unmask.trainer import Trainer, TrainerState
@@ -125,12 +126,12 @@ class RunLog:
     def on_batch(self, batch: Batch) -> None:
         if self.with_rollouts:
             self.view.batch(batch.metrics, self.sample(batch))
-            if self.is_writer:
-                self.run.append("rollouts.jsonl", rollout_rows(batch))
+            if self.is_writer and (rows := rollout_rows(batch)):
+                self.run.append("rollouts.jsonl", rows)
 
     def sample(self, batch: Batch) -> RevealedSample:
-        """The first rollout of the batch."""
-        rollouts = batch.rollouts
+        """The first rollout of the batch, a new one if there is one."""
+        rollouts = batch.fresh or batch.rollouts
         tokens = [self.policy.tokenizer.decode([token]) for token in rollouts.completion_ids[0].tolist()]
         return RevealedSample(rollouts.prompts[0], tokens, rollouts.reveal_step[0].tolist(), float(rollouts.rewards[0]))
 
@@ -202,6 +203,8 @@ class RunLog:
         state = {
             "trainer": {name: pack(value, name, tensors) for name, value in vars(trainer.state).items()},
             "optimizer": pack(optimizer, "optimizer", tensors),
+            "buffer": pack(trainer.buffer.state(), "buffer", tensors),
+            "value_model": pack(trainer.value_model.state() if trainer.value_model else None, "value_model", tensors),
             "positions": self.run.positions(),
             "carried": self.carried,
         }
@@ -230,6 +233,9 @@ class RunLog:
         rest = {name: tensor for name, tensor in tensors.items() if not name.startswith(("model.", "optimizer."))}
         tensors = {name: tensor.to(self.policy.device) for name, tensor in rest.items()}
         trainer.state = TrainerState(**{name: unpack(value, tensors) for name, value in state["trainer"].items()})
+        trainer.buffer.load(unpack(state["buffer"], tensors))
+        if trainer.value_model and state["value_model"]:
+            trainer.value_model.load(unpack(state["value_model"], tensors))
         self.carried.update(state["carried"])
         self.saved_step = trainer.state.step
         if self.is_writer:
@@ -249,8 +255,14 @@ def restore_weights(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
-    """One readable row per rollout."""
-    rollouts = batch.rollouts
+    """One readable row per completion that was sampled for this batch: none of a buffer's, and no inner node of a tree.
+
+    What comes by way of a buffer has no advantage here; the batches that it is trained in give it one.
+    """
+    rollouts = batch.rollouts if batch.fresh is None else batch.fresh
+    if rollouts.sampled_at is None:
+        return []
+    is_new = (rollouts.sampled_at == batch.iteration) & is_finished(rollouts)
     return [
         {
             "iteration": batch.iteration,
@@ -259,8 +271,8 @@ def rollout_rows(batch: Batch) -> list[dict[str, Any]]:
             "completion": rollouts.completions[i],
             "reward": float(rollouts.rewards[i]),
             "status": rollouts.statuses[i],
-            "advantage": float(batch.advantages[i]),
+            "advantage": None if batch.fresh is not None else float(batch.advantages[i]),
             "length": int(rollouts.length[i]),
         }
-        for i in range(len(rollouts))
+        for i in is_new.nonzero()[:, 0].tolist()
     ]

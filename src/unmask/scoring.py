@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unmask.errors import ModelError
-from unmask.types import Corruption, Policy, Rollouts
+from unmask.types import Corruption, Policy, ReferenceStates, Rollouts
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,12 @@ class Scores:
 
     logps: Tensor  # (B, K, L) nats
     entropy: Tensor | None = None  # (B, K, L) nats, without gradient
+    kl: Tensor | None = None  # (B, K, L) nats, to the reference over the whole vocabulary
+
+    @property
+    def learned(self) -> dict[str, Tensor]:
+        """The numbers that carry gradient, under the names that `LossInputs` has for them."""
+        return {"logps": self.logps} | ({} if self.kl is None else {"kl": self.kl})
 
 
 def score_copies(
@@ -27,8 +33,11 @@ def score_copies(
     copies: Tensor,  # (C,) int64, flat indices into (B, K)
     *,
     entropy: bool = False,
+    kl_to: Policy | None = None,
 ) -> Scores:
     """Run the model on the given masked copies; returns (C, L) tensors. Differentiable if gradients are enabled.
+
+    `kl_to` is a frozen model whose distributions are compared with the policy's at the scored positions.
 
     Copies in which nothing is scored cost no forward: their rows are zero.
 
@@ -54,13 +63,22 @@ def score_copies(
     attention_mask = None
     if not bool(rollouts.prompt_mask.all()):
         attention_mask = torch.cat([rollouts.prompt_mask[rows], torch.ones_like(completions, dtype=torch.bool)], dim=1)
-    want = ("logp", "entropy") if entropy else ("logp",)
-    out = policy.token_outputs(canvas, attention_mask, positions, targets=completions[seen], want=want)
+    want: list[str] = ["logp"]
+    options: dict[str, ReferenceStates] = {}
+    if entropy:
+        want.append("entropy")
+    if kl_to is not None:
+        want.append("kl")
+        with torch.no_grad():
+            states = kl_to.token_outputs(canvas, attention_mask, positions, want=("hidden",)).hidden
+        assert states is not None  # it was wanted
+        options["reference"] = ReferenceStates(states, kl_to.head_weight())
+    out = policy.token_outputs(canvas, attention_mask, positions, targets=completions[seen], want=want, **options)
 
     place = (scored & live[:, None]).flatten().nonzero().squeeze(-1)  # (N,) flat places in (C, L)
     assert out.logp is not None  # it was wanted
     return Scores(
-        _scatter(out.logp, place, scored), None if out.entropy is None else _scatter(out.entropy, place, scored)
+        *(None if v is None else _scatter(v, place, scored) for v in (out.logp, out.entropy, out.kl))  # type: ignore[arg-type]
     )
 
 
@@ -88,14 +106,16 @@ def score(
     *,
     micro_batch_size: int,
     entropy: bool = False,
+    kl_to: Policy | None = None,
 ) -> Scores:
-    """Log-probabilities (B, K, L) without gradient, in micro-batches of masked copies."""
+    """Log-probabilities (B, K, L) and what else is wanted, without gradient, in micro-batches of masked copies."""
     parts = [
-        score_copies(policy, rollouts, corruption, copies.to(policy.device), entropy=entropy)
+        score_copies(policy, rollouts, corruption, copies.to(policy.device), entropy=entropy, kl_to=kl_to)
         for copies in micro_batches(len(rollouts), corruption.num_masks, micro_batch_size)
     ]
     shape = corruption.scored.shape
-    return Scores(
-        torch.cat([p.logps for p in parts]).view(shape),
-        torch.cat([p.entropy for p in parts]).view(shape) if entropy else None,  # type: ignore[misc]
+    whole = (
+        [getattr(part, name) for part in parts if getattr(part, name) is not None]
+        for name in ("logps", "entropy", "kl")
     )
+    return Scores(*(torch.cat(found).view(shape) if found else None for found in whole))  # type: ignore[arg-type]

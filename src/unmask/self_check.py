@@ -15,7 +15,8 @@ from unmask.models import TinyModelConfig, build_tiny
 from unmask.noise import Noise
 from unmask.objectives.sft import SFT
 from unmask.rollout import DemonstrationSource
-from unmask.trainer import OptimizerConfig, Trainer, TrainerConfig
+from unmask.schedule import OptimizerConfig, TrainerConfig
+from unmask.trainer import Trainer
 from unmask.types import Example
 
 SMALL = TinyModelConfig(hidden_size=16, num_layers=1, num_heads=1, intermediate_size=16, max_length=8)

@@ -6,121 +6,41 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from unmask.buffer import Buffer, BufferConfig
 from unmask.corruption import draw_uniform_count
 from unmask.errors import ConfigError, TrainingError
 from unmask.likelihood import sequence_estimate
 from unmask.ranks import gather_rollouts, gather_rows, num_ranks, own_rows
 from unmask.rollout import Source, TextPolicy, rollout_metrics
+from unmask.schedule import OptimizerConfig, TrainerConfig
 from unmask.scoring import micro_batches, score, score_copies
 from unmask.sharding import make_updates, place
-from unmask.types import Algorithm, Batch, Corruption, Draw, LossInputs, NoiseLike, Rollouts, take_rows
+from unmask.types import Algorithm, Batch, Corruption, Draw, Evidence, LossInputs, NoiseLike, Rollouts, take_rows
 
 
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """AdamW; the defaults are ESPO's for LoRA (arXiv:2512.03759)."""
+class ValueModel(Protocol):
+    """A learned number about each row, beside the policy; see `ValueNeeds`."""
 
-    lr: float = 3e-6
-    """Peak learning rate."""
-    betas: tuple[float, float] = (0.9, 0.99)
-    """AdamW's moment decays."""
-    weight_decay: float = 0.01
-    """Decoupled weight decay."""
-    max_grad_norm: float = 0.2
-    """Gradients are scaled down to this 2-norm."""
-    schedule: str = "constant"
-    """"constant", or "cosine" from lr to min_lr_ratio * lr over the planned updates."""
-    min_lr_ratio: float = 0.1
-    """End of the cosine as a share of lr."""
-    warmup_steps: int = 0
-    """Updates over which lr rises linearly from zero."""
+    def values(self, rollouts: Rollouts) -> Tensor:
+        """(B,) of all rows, without gradient; each process computes its own."""
+        ...
 
-    def __post_init__(self) -> None:
-        if self.schedule not in ("constant", "cosine"):
-            raise ConfigError(
-                f"optimizer.schedule = {self.schedule!r}: must be 'constant' or 'cosine'. Try 'constant'."
-            )
-        bounds = {
-            "lr": (0 < self.lr < math.inf, "above 0 and finite", 3e-6),
-            "max_grad_norm": (self.max_grad_norm > 0, "above 0", 1.0),
-            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more and finite", 0.01),
-            "betas": (all(0 <= b < 1 for b in self.betas), "two numbers in [0, 1)", [0.9, 0.99]),
-            "min_lr_ratio": (0 <= self.min_lr_ratio <= 1, "in [0, 1]", 0.1),
-            "warmup_steps": (self.warmup_steps >= 0, "0 or more", 0),
-        }
-        for key, (is_good, requirement, example) in bounds.items():
-            if not is_good:
-                raise ConfigError(f"optimizer.{key} = {getattr(self, key)}: must be {requirement}. Try {example}.")
+    def learn(self, rollouts: Rollouts, loss: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """One update of its weights on a loss of the values (B,); numbers for the log."""
+        ...
 
-    def scale(self, step: int, total: int) -> float:
-        """Learning rate at update `step` (0-based) of `total`, as a share of lr."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        if self.schedule == "constant":
-            return 1.0
-        progress = (step - self.warmup_steps) / max(1, total - self.warmup_steps)
-        return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    def state(self) -> dict[str, Any]:
+        """Weights and optimiser, for a checkpoint."""
+        ...
 
-
-@dataclass(frozen=True)
-class StopRule:
-    """Stop once the mean of the last `window` evaluations passes a bound, not before batch `after_batch`."""
-
-    metric: str = "accuracy"
-    """Column of the evaluation row."""
-    at_most: float | None = None
-    """Stop when the mean is at or below this."""
-    at_least: float | None = None
-    """Stop when the mean is at or above this."""
-    window: int = 2
-    """Evaluations averaged."""
-    after_batch: int = 0
-    """First batch at whose end the rule may act."""
-
-    def __post_init__(self) -> None:
-        if self.window < 1:
-            raise ConfigError(f"trainer.stop.window = {self.window}: must be at least 1 evaluation. Try 2.")
-
-    def is_met(self, rows: list[dict[str, Any]], batch: int) -> bool:
-        if (self.at_most is None and self.at_least is None) or batch < self.after_batch or len(rows) < self.window:
-            return False
-        mean = sum(row[self.metric] for row in rows[-self.window :]) / self.window
-        low = self.at_most is not None and mean <= self.at_most
-        return low or (self.at_least is not None and mean >= self.at_least)
-
-
-@dataclass(frozen=True)
-class TrainerConfig:
-    """Length and rhythm of a run."""
-
-    num_batches: int = 1000
-    """Rollout batches; optimiser updates = num_batches * algorithm.num_iterations."""
-    micro_batch_size: int = 256
-    """Masked copies per forward and backward; changes memory and speed, not the gradient."""
-    eval_every: int = 0
-    """Batches between evaluations on held-out prompts; 0: none."""
-    save_every: int = 100
-    """Updates between checkpoints; 0: only when the run is stopped."""
-    save_total_limit: int = 2
-    """Checkpoints kept."""
-    monitor_rows: int = 32
-    """Rollouts per batch on which ELBO, KL to the reference and entropy are measured, for any algorithm; 0: none."""
-    stop: StopRule = field(default_factory=StopRule)
-    """Early stop on held-out results."""
-
-    def __post_init__(self) -> None:
-        least = {"num_batches": 1, "micro_batch_size": 1, "save_total_limit": 1}
-        for key in (*least, "eval_every", "save_every", "monitor_rows"):
-            if getattr(self, key) < least.get(key, 0):
-                bound = least.get(key, 0)
-                raise ConfigError(f"trainer.{key} = {getattr(self, key)}: must be at least {bound}. Try the default.")
+    def load(self, state: dict[str, Any]) -> None: ...
 
 
 class Listener(Protocol):
@@ -173,10 +93,13 @@ class Trainer:
         accelerator: Accelerator,
         evaluate: Callable[[], dict[str, Any]] | None = None,
         listeners: tuple[Listener, ...] = (),
+        buffer: Buffer | None = None,
+        value_model: ValueModel | None = None,
     ):
         self.policy, self.reference, self.source, self.algorithm = policy, reference, source, algorithm
         self.config, self.optimizer_config, self.noise = config, optimizer_config, noise
         self.accelerator, self.evaluate, self.listeners = accelerator, evaluate, listeners
+        self.buffer, self.value_model = buffer or Buffer(BufferConfig(), noise), value_model
         self.total_steps = config.num_batches * algorithm.num_iterations
         self.state = TrainerState()
         self.timing: dict[str, float] = {}
@@ -213,16 +136,22 @@ class Trainer:
     def prepare(self, iteration: int) -> Batch:
         """collect, draw, score: everything that updates on this batch hold constant."""
         with self.phase("collect"):
-            own = self.source.collect(self.policy, iteration, own_rows(self.source.batch_rows))
-            rollouts = gather_rollouts(own)
+            fresh = None
+            if self.buffer.is_due(iteration):
+                own = self.source.collect(self.policy, iteration, own_rows(self.source.batch_rows))
+                fresh = gather_rollouts(own)
+            rollouts = self.buffer.exchange(fresh, iteration)
             advantages = self.algorithm.advantages(rollouts.rewards, rollouts.groups)
         with self.phase("score"):
             draws = self.draw(rollouts)
             for inner, draw in enumerate(draws):
                 if inner == 0 or draw is not draws[0]:
                     self.score_fixed(rollouts, draw, is_first=inner == 0)
-            metrics = rollout_metrics(rollouts) | self.monitor(rollouts)
-        return Batch(iteration, rollouts, advantages, draws, metrics)
+            batch = Batch(iteration, rollouts, advantages, draws, {}, fresh=None if fresh is rollouts else fresh)
+            batch.evidence = self.gather_evidence(rollouts)
+            batch.metrics |= rollout_metrics(fresh or rollouts) | self.buffer.metrics(rollouts, iteration)
+            batch.metrics |= self.learn_values(batch) | self.monitor(rollouts)
+        return batch
 
     def draw(self, rollouts: Rollouts) -> list[Draw]:
         """Masks for every inner iteration, drawn before the first update."""
@@ -233,6 +162,7 @@ class Trainer:
                 continue
             noise = self.noise.stream("corruption")
             draw = Draw(self.algorithm.draw(rollouts, noise=noise, iteration=inner))
+            draw.uniform = self.noise.stream("choice").uniform(rollouts.prompt_key, rollouts.rollout_index, inner)
             if not self.algorithm.share_masks:
                 draw.old_corruption = self.algorithm.draw(rollouts, noise=noise.stream("old"), iteration=inner)
                 draw.ref_corruption = self.algorithm.draw(rollouts, noise=noise.stream("ref"), iteration=inner)
@@ -247,17 +177,64 @@ class Trainer:
             masks = draw.old_corruption or draw.corruption
             draw.old_logps = self.score(self.policy, rollouts, masks)
         if needs.ref:
-            if self.reference is None:
-                raise ConfigError("this algorithm needs a reference policy. Set its KL coefficient to 0 or give one.")
             masks = draw.ref_corruption or draw.corruption
-            draw.ref_logps = self.score(self.reference, rollouts, masks)
+            draw.ref_logps = self.score(self.needed_reference(), rollouts, masks)
+
+    def needed_reference(self) -> TextPolicy:
+        """Raises: ConfigError if there is none."""
+        if self.reference is None:
+            raise ConfigError("this algorithm needs a reference policy. Set its KL coefficient to 0 or give one.")
+        return self.reference
+
+    def gather_evidence(self, rollouts: Rollouts) -> Evidence | None:
+        """What the algorithm's weights of whole rollouts are made of, if it has such weights."""
+        needs = self.algorithm.needs
+        if needs.evidence is None:
+            return None
+        masks = needs.evidence(rollouts, self.noise.stream("evidence"))
+        old = self.score(self.policy, rollouts, masks) if needs.evidence_old else None
+        return Evidence(masks, self.score(self.needed_reference(), rollouts, masks), old)
+
+    def learn_values(self, batch: Batch) -> dict[str, float]:
+        """Let the value model learn from the batch as far as it has a loss of its own, then note its numbers."""
+        need, rollouts = self.algorithm.needs.value, batch.rollouts
+        if need is None:
+            return {}
+        if self.value_model is None:
+            raise ConfigError("this algorithm learns a value of each row, and no value model was given.")
+        metrics: dict[str, float] = {}
+        if loss := need.loss:
+            for _ in range(need.num_updates):
+                metrics = self.value_model.learn(
+                    rollouts, lambda values: loss(values, rollouts.rewards, rollouts.groups)
+                )
+        batch.values = self.value_model.values(rollouts)
+        return metrics
+
+    def learn_values_by_objective(self, batch: Batch, inputs: LossInputs) -> dict[str, float]:
+        """A value model without a loss of its own follows the objective's, at the numbers of the update just made."""
+        need = self.algorithm.needs.value
+        if need is None or need.loss is not None:
+            return {}
+        assert self.value_model
+        metrics = self.value_model.learn(
+            batch.rollouts, lambda values: self.algorithm.loss(replace(inputs, values=values)).loss
+        )
+        batch.values = self.value_model.values(batch.rollouts)
+        return metrics
 
     def score(self, policy: TextPolicy, rollouts: Rollouts, masks: Corruption) -> Tensor:
         """Log-probabilities (B, K, L) without gradient, each process scoring its own rows."""
+        return self.numbers(policy, rollouts, masks)["logps"]
+
+    def numbers(
+        self, policy: TextPolicy, rollouts: Rollouts, masks: Corruption, kl_to: TextPolicy | None = None
+    ) -> dict[str, Tensor]:
+        """`Scores.learned` of all rows, without gradient, each process scoring its own."""
         rows = own_rows(len(rollouts))
         size = self.config.micro_batch_size
-        own = score(policy, take_rows(rollouts, rows), take_rows(masks, rows), micro_batch_size=size)
-        return gather_rows(own.logps)
+        own = score(policy, take_rows(rollouts, rows), take_rows(masks, rows), micro_batch_size=size, kl_to=kl_to)
+        return {name: gather_rows(values) for name, values in own.learned.items()}
 
     def update(self, batch: Batch, inner: int) -> None:
         """loss, step: one optimiser update on the batch's masks number `inner`."""
@@ -266,14 +243,16 @@ class Trainer:
         scale = self.optimizer_config.scale(self.state.step, self.total_steps)
         self.updates.set_lr(self.optimizer_config.lr * scale)
         with self.phase("update"):
-            logps = self.backward(batch, draw)
+            numbers = self.backward(batch, draw)
             norm = self.updates.clip()
+            inputs = self.loss_inputs(batch, draw, numbers)
             with torch.no_grad():
-                out = self.algorithm.loss(self.loss_inputs(batch, draw, logps))
-            self.check_finite(batch, inner, logps, float(out.loss), norm)
+                out = self.algorithm.loss(inputs)
+            self.check_finite(batch, inner, numbers["logps"], float(out.loss), norm)
             if draw.old_logps is None:
-                draw.old_logps = logps
+                draw.old_logps = numbers["logps"]
             self.updates.step()
+            metrics = out.metrics | self.learn_values_by_objective(batch, inputs)
         self.state.step += 1
         row = {
             "step": self.state.step,
@@ -282,14 +261,14 @@ class Trainer:
             "grad_norm": norm,
             "learning_rate": self.optimizer_config.lr * scale,
             **batch.metrics,
-            **out.metrics,
+            **metrics,
         }
         self.timing["step_seconds"] = time.perf_counter() - started
         self.tell("on_step", row, self.timing)
         self.timing = {}
 
-    def backward(self, batch: Batch, draw: Draw) -> Tensor:
-        """Accumulate the gradient of the whole batch's loss; returns the policy's log-probabilities (B, K, L).
+    def backward(self, batch: Batch, draw: Draw) -> dict[str, Tensor]:
+        """Accumulate the gradient of the whole batch's loss; returns the policy's numbers (B, K, L).
 
         The gradient is that of one pass over the whole batch whatever `micro_batch_size`. If a row's coefficient
         d loss / d logps depends on that row alone, each slice is put in its place among constants and back-propagated
@@ -297,34 +276,40 @@ class Trainer:
         coefficients, and a second back-propagates sum(coefficient * logps) slice by slice.
         """
         num_masks = draw.corruption.num_masks
+        kl_to = self.needed_reference() if self.algorithm.needs.kl else None
         if self.algorithm.is_row_separable and self.config.micro_batch_size >= num_masks:
-            return self.backward_rows(batch, draw)
-        logps = self.score(self.policy, batch.rollouts, draw.corruption).requires_grad_()
-        out = self.algorithm.loss(self.loss_inputs(batch, draw, logps))
-        (coefficients,) = torch.autograd.grad(out.loss, logps)
+            return self.backward_rows(batch, draw, kl_to)
+        numbers = self.numbers(self.policy, batch.rollouts, draw.corruption, kl_to)
+        leaves = {name: values.requires_grad_() for name, values in numbers.items()}
+        out = self.algorithm.loss(self.loss_inputs(batch, draw, leaves))
+        found = torch.autograd.grad(out.loss, list(leaves.values()), allow_unused=True)
+        coefficients = {name: c for name, c in zip(leaves, found, strict=True) if c is not None}
         for copies, context in self.slices(batch, num_masks):
             with context:
-                live = score_copies(self.policy, batch.rollouts, draw.corruption, copies).logps
-                self.updates.backward(num_ranks() * (live * coefficients.flatten(0, 1)[copies]).sum())
-        return logps.detach()
+                live = score_copies(self.policy, batch.rollouts, draw.corruption, copies, kl_to=kl_to).learned
+                parts = [(live[name] * c.flatten(0, 1)[copies]).sum() for name, c in coefficients.items()]
+                self.updates.backward(num_ranks() * torch.stack(parts).sum())
+        return {name: values.detach() for name, values in leaves.items()}
 
-    def backward_rows(self, batch: Batch, draw: Draw) -> Tensor:
+    def backward_rows(self, batch: Batch, draw: Draw, kl_to: TextPolicy | None) -> dict[str, Tensor]:
         """The one-pass form of `backward`, for objectives that are separable by row."""
         num_masks = draw.corruption.num_masks
-        current = torch.zeros_like(draw.corruption.weight, dtype=torch.float32)
+        zeros = torch.zeros_like(draw.corruption.weight, dtype=torch.float32)
+        current = {"logps": zeros} | ({} if kl_to is None else {"kl": zeros})
         if draw.old_logps is not None:
-            current = draw.old_logps.clone()
+            current["logps"] = draw.old_logps.clone()
         for copies, context in self.slices(batch, num_masks):
             first, last = int(copies[0]) // num_masks, int(copies[-1]) // num_masks + 1
             with context:
-                live = score_copies(self.policy, batch.rollouts, draw.corruption, copies).logps
-                live = live.view(last - first, num_masks, -1)
-                current = current.to(live.dtype)
-                logps = torch.cat([current[:first], live, current[last:]])
-                out = self.algorithm.loss(self.loss_inputs(batch, draw, logps))
+                live = score_copies(self.policy, batch.rollouts, draw.corruption, copies, kl_to=kl_to).learned
+                for name, rows in live.items():
+                    whole = current[name].to(rows.dtype)
+                    own = rows.view(last - first, num_masks, -1)
+                    current[name] = torch.cat([whole[:first], own, whole[last:]])
+                out = self.algorithm.loss(self.loss_inputs(batch, draw, current))
                 self.updates.backward(num_ranks() * out.loss)
-            current = logps.detach()
-        return gather_rows(current[own_rows(len(current))])
+            current = {name: values.detach() for name, values in current.items()}
+        return {name: gather_rows(values[own_rows(len(values))]) for name, values in current.items()}
 
     def slices(self, batch: Batch, num_masks: int) -> Iterator[tuple[Tensor, AbstractContextManager[Any]]]:
         """Micro-batches of this process's flat copy indices; in the last one's context gradients are whole.
@@ -338,8 +323,8 @@ class Trainer:
             context = self.updates.exchanging(i == len(parts) - 1)
             yield (copies + rows.start * num_masks).to(self.policy.device), context
 
-    def loss_inputs(self, batch: Batch, draw: Draw, logps: Tensor) -> LossInputs:
-        rollouts = batch.rollouts
+    def loss_inputs(self, batch: Batch, draw: Draw, numbers: dict[str, Tensor]) -> LossInputs:
+        rollouts, logps = batch.rollouts, numbers["logps"]
         old = logps.detach() if draw.old_logps is None and self.algorithm.needs.old else draw.old_logps
         return LossInputs(
             logps=logps,
@@ -352,6 +337,13 @@ class Trainer:
             ref_logps=draw.ref_logps,
             old_corruption=draw.old_corruption,
             ref_corruption=draw.ref_corruption,
+            kl=numbers.get("kl"),
+            evidence=batch.evidence,
+            values=batch.values,
+            sample_logps=rollouts.sample_logps,
+            process_rewards=rollouts.process_rewards,
+            uniform=draw.uniform,
+            progress=self.state.step / self.total_steps,
         )
 
     def monitor(self, rollouts: Rollouts) -> dict[str, float]:

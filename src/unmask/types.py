@@ -51,19 +51,19 @@ class Score:
     facts: Mapping[str, float] = field(default_factory=dict)
 
 
-_Rows = TypeVar("_Rows", "PromptBatch", "Samples", "Rollouts", "Corruption", "LossInputs")
+_Rows = TypeVar("_Rows", "PromptBatch", "Samples", "Rollouts", "Corruption", "Evidence", "LossInputs")
 
 
 def take_rows(batch: _Rows, index: Tensor | slice) -> _Rows:
     """The given rows of every tensor (first dimension) and list of a batch; anything else is kept as it is."""
     changes: dict[str, Any] = {}
     for f in fields(batch):
-        value = getattr(batch, f.name)
+        value: Any = getattr(batch, f.name)
         if isinstance(value, Tensor):
             changes[f.name] = value[index]
         elif isinstance(value, list):
             changes[f.name] = value[index] if isinstance(index, slice) else [value[i] for i in index.tolist()]
-        elif isinstance(value, Corruption):
+        elif type(value) in (Corruption, Evidence):
             changes[f.name] = take_rows(value, index)
     return replace(batch, **changes)
 
@@ -98,7 +98,9 @@ class Samples:
 class Rollouts:
     """Completions with their rewards. Rows of one prompt share a value in `groups`.
 
-    `length` counts tokens up to and including the stop token (L if there is none).
+    `length` counts tokens up to and including the stop token (L if there is none). A row of a tree is a node: its
+    completion is that of a leaf below it, `window` names the steps that lead to it from its parent, and `groups` the
+    parent.
     """
 
     prompt_ids: Tensor  # (B, P) int64
@@ -116,6 +118,9 @@ class Rollouts:
     completions: list[str] = field(default_factory=list)
     statuses: list[str] = field(default_factory=list)
     facts: list[Mapping[str, float]] = field(default_factory=list)
+    sampled_at: Tensor | None = None  # (B,) int64, batch whose policy wrote the row; None: nobody asks
+    window: Tensor | None = None  # (B, 2) int64, reveal steps [first, end) of a tree's edge; None: all steps
+    process_rewards: Tensor | None = None  # (B,) float64, what a rollout strategy found out about the way there
 
     def __len__(self) -> int:
         return self.completion_ids.shape[0]
@@ -133,7 +138,8 @@ class Corruption:
     A likelihood estimate is `(weight * logps).sum(1)` per position: shape (B, L). `kind` says what that estimates:
     "elbo" (a lower bound on log p of the completion, in expectation), "quadrature" (the same up to the error of fixed
     mask ratios), "block" (a lower bound for completions written block by block, with hidden context), or no bound:
-    "mean_field" (one-step factorised), "random_mask" (the masked tokens alone), "coupled_tokens" (three reads a token).
+    "mean_field" (one-step factorised), "random_mask" (the masked tokens alone), "coupled_tokens" (three reads a token),
+    "order" (the probability of the tokens along the steps in which they were revealed).
     Stored, not replayed from a seed: policy, old policy and reference are scored on these same tensors.
     """
 
@@ -151,6 +157,15 @@ class Corruption:
         return self.masked.shape[1]
 
 
+@dataclass(frozen=True)
+class Evidence:
+    """Masked copies read once for a batch, before its first update: what weights of whole rollouts are made of."""
+
+    corruption: Corruption
+    ref_logps: Tensor  # (B, K, L) nats
+    old_logps: Tensor | None = None  # (B, K, L) nats; None where not asked for
+
+
 @dataclass
 class Draw:
     """Masks for one inner iteration, with the log-probabilities that stay fixed during it.
@@ -163,17 +178,47 @@ class Draw:
     ref_corruption: Corruption | None = None
     old_logps: Tensor | None = None
     ref_logps: Tensor | None = None
+    uniform: Tensor | None = None  # (B,) float64 in [0, 1), a number of each row, for objectives that choose among them
 
 
 @dataclass
 class Batch:
-    """One collected batch: what every update on it shares. Tensors hold the rows of all processes."""
+    """One batch to train on: what every update on it shares. Tensors hold the rows of all processes."""
 
     iteration: int
     rollouts: Rollouts
     advantages: Tensor  # (B,)
     draws: list[Draw]  # one per inner iteration; the same object repeated when masks are not fresh
     metrics: dict[str, float]
+    fresh: Rollouts | None = None
+    """What was newly sampled, if that is not `rollouts` itself (which then come from a buffer)."""
+    evidence: Evidence | None = None
+    values: Tensor | None = None  # (B,) of the value model
+
+
+class ValueLoss(Protocol):
+    """What a value model learns from, (B,) each; differentiable in `values`."""
+
+    def __call__(self, values: Tensor, rewards: Tensor, groups: Tensor, /) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class ValueNeeds:
+    """A learned number about each row, and how it is learned."""
+
+    reads: str
+    """"prompt": a number about the prompt; "completion": about the completion, up to and including its stop token."""
+    is_trunk_trained: bool
+    """The number comes from layers of its own: an adapter, or a copy of the model. False: from the hidden states of the
+    frozen reference."""
+    lr: float
+    """Learning rate of the head."""
+    trunk_lr: float = 0.0
+    """Learning rate of the layers below it."""
+    loss: ValueLoss | None = None
+    """Learned by this before a batch is used. None: learned through the objective's own loss, after each update."""
+    num_updates: int = 1
+    """Updates by `loss` for each batch."""
 
 
 @dataclass(frozen=True)
@@ -182,6 +227,15 @@ class Needs:
 
     old: bool = False
     ref: bool = False
+    kl: bool = False
+    """Full-vocabulary KL to the reference at each scored position."""
+    evidence: Callable[[Rollouts, NoiseLike], Corruption] | None = None
+    """Draws the copies that the reference reads once for each batch."""
+    evidence_old: bool = False
+    """The old policy reads them too."""
+    order: bool = False
+    """The steps in which tokens were revealed, and their log-probabilities then: no sampler that takes tokens back."""
+    value: ValueNeeds | None = None
 
 
 @dataclass(frozen=True)
@@ -198,6 +252,13 @@ class LossInputs:
     ref_logps: Tensor | None = None  # (B, K, L)
     old_corruption: Corruption | None = None  # None: the same draws as `corruption`
     ref_corruption: Corruption | None = None
+    kl: Tensor | None = None  # (B, K, L) nats, KL(policy || reference) over the vocabulary, differentiable
+    evidence: Evidence | None = None
+    values: Tensor | None = None  # (B,) of the value model; differentiable where that learns through this loss
+    sample_logps: Tensor | None = None  # (B, L) nats, see `Samples.logps`
+    process_rewards: Tensor | None = None  # (B,)
+    uniform: Tensor | None = None  # (B,) in [0, 1)
+    progress: float = 0.0  # share of the run's updates that are made
 
     def __len__(self) -> int:
         return self.logps.shape[0]
@@ -219,6 +280,17 @@ class TokenOutput:
     logp: Tensor | None = None  # (N,) nats, of the targets
     entropy: Tensor | None = None  # (N,) nats
     scalar: Tensor | None = None  # (b,), of the active adapter's scalar head on a row's mean wanted hidden state
+    hidden: Tensor | None = None  # (N, H), the head's input, without gradient: what `kl` and `pooled` rest on
+    pooled: Tensor | None = None  # (b, H), mean of a row's wanted hidden states, float32 or wider
+    kl: Tensor | None = None  # (N,) nats, KL(this model || reference) over the vocabulary
+
+
+@dataclass(frozen=True)
+class ReferenceStates:
+    """What a KL to the reference is computed from, without gradient."""
+
+    hidden: Tensor  # (N, H), its `TokenOutput.hidden` at the same positions
+    head: Tensor  # (V, H), the matrix that turns them into logits
 
 
 class Policy(Protocol):
@@ -241,10 +313,11 @@ class Policy(Protocol):
         positions: Tensor,  # (b, T) bool, True = wanted; N of them
         *,
         targets: Tensor | None = None,  # (N,) int64
-        want: Sequence[str] = ("logits",),  # among "logits", "logp", "entropy", "scalar"
+        want: Sequence[str] = ("logits",),  # among "logits", "logp", "entropy", "scalar", "hidden", "pooled", "kl"
         cache: Any = None,
+        reference: ReferenceStates | None = None,
     ) -> TokenOutput:
-        """One forward of the model; numbers about the wanted positions only.
+        """One forward of the model; numbers about the wanted positions only. "kl" needs the reference's states there.
 
         With a cache of `new_cache` (block by block models only) the canvas is what follows the positions in the cache,
         without pads, and starts a block; its keys and values are added to the cache.
@@ -257,6 +330,10 @@ class Policy(Protocol):
 
     def forget(self, cache: Any, num_tokens: int, /) -> None:
         """Drop the last tokens of the cache."""
+        ...
+
+    def head_weight(self) -> Tensor:
+        """(V, H), the matrix that turns hidden states into logits. Raises: ModelError where there is no such matrix."""
         ...
 
 
@@ -314,7 +391,13 @@ class Sampler(Protocol):
 class Algorithm(Protocol):
     """An objective: draws masked copies of rollouts and turns log-probabilities into a loss. Never sees a model."""
 
-    is_row_separable: ClassVar[bool]
+    strategies: ClassVar[tuple[str, ...]]
+    """Kinds of batches that it can learn from, the published one first: names of `rollouts.STRATEGIES`."""
+
+    @property
+    def is_row_separable(self) -> bool:
+        """A row's coefficient d loss / d logps depends on that row's differentiable numbers alone."""
+        ...
 
     @property
     def num_iterations(self) -> int: ...

@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from unmask.api import recipe_tables
-from unmask.build import Recipe, sft_recipe, train_recipe
+from unmask.build import any_recipe
 from unmask.cli.eval_command import check_output
 from unmask.errors import ConfigError
 from unmask.estimation import LABELS, Estimate, estimate_run
@@ -64,19 +64,11 @@ def run(args: argparse.Namespace) -> None:
         utilisation=utilisation(args.utilisation),
         config=Path(args.config) if args.config else None,
     )
-    estimate = estimate_run(read_either(args.recipe, args.overrides), setting)
+    estimate = estimate_run(any_recipe(*recipe_tables(args.recipe, args.overrides)), setting)
     show(estimate)
     if args.json:
         write_atomic(Path(args.json), json.dumps(estimate.tree(), indent=2) + "\n")
         print(f"estimate written to {args.json}")
-
-
-def read_either(file: str, overrides: list[str]) -> Recipe:
-    """The checked recipe, of reinforcement or supervised training. Raises: ConfigError."""
-    tree, directory = recipe_tables(file, overrides)
-    model = tree.get("model")
-    is_supervised = "data" in tree or (isinstance(model, dict) and "tiny" in model)
-    return (sft_recipe if is_supervised else train_recipe)(tree, directory)
 
 
 def machine_here() -> str:
@@ -120,7 +112,7 @@ def show(estimate: Estimate) -> None:
     share = 100 * estimate.num_trained / estimate.num_parameters
     kind = "FSDP2" if setting.is_sharded else "DDP"
     device = f"{setting.num_gpus} x {setting.machine}" + (f", {kind}" if setting.num_gpus > 1 else "")
-    print(f"{'supervised training' if recipe.data else recipe.algorithm.name} on {device}")
+    print(f"{'supervised training' if recipe.is_supervised else recipe.algorithm.name} on {device}")
     print(f"parameters  {estimate.num_parameters:,}, trained {estimate.num_trained:,} ({share:.3g} %)")
     print(
         f"canvas      {lengths.mean_prompt:.1f} prompt tokens (longest {lengths.longest_prompt}) and "

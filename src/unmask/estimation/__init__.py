@@ -16,12 +16,14 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from unmask.build import Recipe
+from unmask.counting import Passes, count_passes
 from unmask.demonstrations import read_demonstrations
 from unmask.errors import ConfigError, UnmaskError
 from unmask.estimation.footprint import PARTS, Footprint, Lengths, warnings
 from unmask.estimation.machines import GIB, MACHINES, Machine, Setting, this_machine
 from unmask.estimation.skeleton import Skeleton, open_skeleton
-from unmask.plan import Passes, count_passes
+from unmask.preferences import read_preferences
+from unmask.strategies.pairs import OfflineConfig
 from unmask.types import Example
 
 DEFAULT_PROMPT_TOKENS = 200
@@ -111,7 +113,7 @@ def estimate_run(recipe: Recipe, setting: Setting) -> Estimate:
     """
     assumptions: list[str] = []
     skeleton = open_skeleton(recipe.model, setting.config)
-    if skeleton.block_size is not None and recipe.rollout:
+    if skeleton.block_size is not None and not recipe.is_supervised:
         raise ConfigError("estimate: a block-causal model cannot be trained, only sampled. Name LLaDA or Dream.")
     lengths = measure_lengths(recipe, setting, skeleton, assumptions)
     machine = MACHINES[setting.machine] if setting.machine != "cpu" else this_machine()
@@ -162,6 +164,8 @@ def measure_lengths(recipe: Recipe, setting: Setting, skeleton: Skeleton, assump
 
 def first_examples(recipe: Recipe) -> list[Example]:
     """Some of those that the run is trained on. Raises: DataError if the data is not at hand."""
+    if isinstance(recipe.data, OfflineConfig):
+        return [pair.example for pair in read_preferences(recipe.data.file, recipe.data.split)[:SAMPLED_PROMPTS]]
     if recipe.data and recipe.data.file:
         return [example for example, _ in read_demonstrations(recipe.data.file)[:SAMPLED_PROMPTS]]
     assert recipe.task
@@ -176,7 +180,8 @@ def costs(footprint: Footprint, rate: float) -> list[Cost]:
     recipe, setting, lengths, skeleton = footprint.recipe, footprint.setting, footprint.lengths, footprint.skeleton
     num_masks = footprint.draw.num_masks
     found = []
-    for passes in count_passes(recipe, num_masks, lengths.num_held_out, lengths.num_final, skeleton.block_size):
+    counts = (lengths.num_held_out, lengths.num_final)
+    for passes in count_passes(recipe, num_masks, *counts, skeleton.block_size, footprint.num_evidence):
         if not passes.forwards:
             continue
         sampler = recipe.sampler if passes.phase == "collect" else recipe.evaluation_sampler

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 
 from unmask.build import Recipe
+from unmask.counting import Decoding, batch_rows, num_parts, rehearse
 from unmask.estimation.machines import GIB, Machine, Setting
 from unmask.estimation.memory_model import Canvases, Rehearsal
 from unmask.estimation.skeleton import Skeleton, open_skeleton
 from unmask.models import LoraConfig
 from unmask.noise import Noise
-from unmask.plan import Decoding, batch_rows, num_parts, rehearse
 from unmask.scoring import micro_batches
+from unmask.strategies.trees import TreeConfig
 from unmask.types import Corruption, Rollouts
 
 PARTS = ("weights", "reference", "optimizer", "gradients", "activations", "logits", "rollouts", "buffers")
@@ -66,10 +67,28 @@ class Footprint:
 
     @cached_property
     def draw(self) -> Corruption:
-        """Masks of one batch."""
-        rollouts = sketch_rollouts(batch_rows(self.recipe), self.lengths)
-        masks: Corruption = self.recipe.algorithm.value.draw(rollouts, noise=Noise(0))
+        """Masks of a batch's last pass, which is the one that masks most where passes differ."""
+        algorithm = self.recipe.algorithm.value
+        masks: Corruption = algorithm.draw(self.sketch, noise=Noise(0), iteration=algorithm.num_iterations - 1)
         return masks
+
+    @cached_property
+    def num_evidence(self) -> int:
+        """K of the copies that weights of whole rollouts are made of."""
+        draw = self.recipe.algorithm.value.needs.evidence
+        return int(draw(self.sketch, Noise(0)).num_masks) if draw else 0
+
+    @cached_property
+    def sketch(self) -> Rollouts:
+        """A batch with the right shapes; of trees also the edges."""
+        recipe, rollouts = self.recipe, sketch_rollouts(batch_rows(self.recipe), self.lengths)
+        if not isinstance(recipe.rollout, TreeConfig):
+            return rollouts
+        assert recipe.sampler
+        steps = recipe.sampler.value.total_steps
+        groups, window = recipe.rollout.layout(recipe.rollout.prompts_per_batch, steps)
+        reveal_step = rollouts.reveal_step * steps // self.lengths.completion
+        return replace(rollouts, groups=groups, window=window, reveal_step=reveal_step)
 
     @cached_property
     def stepping(self) -> tuple[int, Counter[str]]:
@@ -81,7 +100,7 @@ class Footprint:
         recipe = self.recipe
         needs = recipe.algorithm.value.needs
         names = ["rollout"] if recipe.rollout else []
-        if needs.old or needs.ref or recipe.trainer.monitor_rows:
+        if needs.old or needs.ref or needs.evidence or recipe.trainer.monitor_rows:
             names.append("score")
         names += ["update", "step"]
         names += ["checkpoint"] if not self.is_gpu and recipe.trainer.save_every else []
@@ -97,7 +116,7 @@ class Footprint:
     def resident(self) -> Counter[str]:
         """What stays from the first update to the end of the run."""
         skeleton = self.skeleton
-        has_copy = self.recipe.rollout is not None and not skeleton.has_adapter
+        has_copy = not self.recipe.is_supervised and not skeleton.has_adapter
         return Counter(
             weights=skeleton.weight_bytes // self.shards,
             reference=(skeleton.weight_bytes if has_copy else skeleton.begun_from_bytes) // self.shards,
@@ -108,11 +127,11 @@ class Footprint:
     def rollout_bytes(self) -> int:
         """A batch with its masks and fixed log-probabilities; every process holds all rows."""
         algorithm = self.recipe.algorithm.value
-        rollouts = sketch_rollouts(batch_rows(self.recipe), self.lengths)
+        kept = 1 + (self.recipe.rollout.buffer.num_batches if self.recipe.rollout else 0)
         kinds = 1 if algorithm.share_masks else 1 + algorithm.needs.old + algorithm.needs.ref
         logps = self.draw.scored.numel() * 4 * (1 + algorithm.needs.old + algorithm.needs.ref)
         num_draws = algorithm.num_iterations if algorithm.fresh_masks else 1
-        return tensor_bytes(rollouts) + num_draws * (kinds * tensor_bytes(self.draw) + logps)
+        return kept * tensor_bytes(self.sketch) + num_draws * (kinds * tensor_bytes(self.draw) + logps)
 
     def _passing(self, name: str) -> Counter[str]:
         recipe, trainer = self.recipe, self.recipe.trainer
@@ -220,7 +239,7 @@ def suggestions(footprint: Footprint, name: str, parts: Counter[str], usable: fl
     found = [batch_that_fits(footprint, name, parts, usable)]
     if name == "update" and not model.gradient_checkpointing:
         found.append(try_model("model.gradient_checkpointing = true", gradient_checkpointing=True))
-    if not footprint.skeleton.has_adapter and recipe.rollout:
+    if not footprint.skeleton.has_adapter and not recipe.is_supervised:
         found.append(try_model("[model.lora]", lora=LoraConfig()))
     if footprint.skeleton.is_float32 and footprint.is_gpu:
         found.append(try_model('model.dtype = "bfloat16"', dtype="bfloat16"))

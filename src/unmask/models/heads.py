@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import MaskedLMOutput
 
+from unmask.errors import ModelError
 from unmask.models import chunked_head
-from unmask.models.outputs import OUTPUTS, summarise_hidden, summarise_logits
-from unmask.types import TokenOutput
+from unmask.models.divergence import kl_to_reference
+from unmask.models.outputs import OUTPUTS, STATES, pool, summarise_hidden, summarise_logits
+from unmask.types import ReferenceStates, TokenOutput
 
 
 class MaskedLMHead:
@@ -42,11 +44,13 @@ class MaskedLMHead:
         labels: Tensor | None = None,  # (b, T) int64, -100 = ignored
         past_key_values: Any = None,
         scalar_head: str | None = None,
+        reference: ReferenceStates | None = None,
         **kwargs: Any,
     ) -> MaskedLMOutput | dict[str, Tensor]:
         """With `positions`: the wanted numbers at those N positions as a dict. Without: the usual transformers output.
 
-        "scalar" is (b,): the scalar head of that name on the mean of a row's wanted hidden states, in float32 or wider.
+        "scalar" is (b,): the scalar head of that name on the mean of a row's wanted hidden states, in float32 or wider;
+        "pooled" is that mean, and "hidden" the states themselves, without gradient. "kl" is to `reference`.
         The transformers output holds raw logits (b, T, V), mask token included, and the mean cross-entropy in nats
         over the labelled positions when `labels` is given.
         """
@@ -65,7 +69,13 @@ class MaskedLMHead:
         numbers: dict[str, Tensor] = {}
         if "scalar" in want:
             numbers["scalar"] = self._scalar(hidden, positions, scalar_head)
-        if wanted := [name for name in want if name != "scalar"]:
+        if "pooled" in want:
+            numbers["pooled"] = pool(hidden, positions)
+        if "hidden" in want:
+            numbers["hidden"] = hidden.detach()
+        if "kl" in want:
+            numbers["kl"] = self._kl(hidden, reference)
+        if wanted := [name for name in want if name not in STATES]:
             out = self._summary(hidden, targets, wanted)
             numbers |= {name: value for name in OUTPUTS if (value := getattr(out, name)) is not None}
         return numbers
@@ -104,21 +114,36 @@ class MaskedLMHead:
             return summarise_hidden(hidden, self.lm_head.weight, targets, want, mask_token_id, self.cross_entropy)
         return summarise_logits(self.lm_head(hidden), targets, want, self.config.mask_token_id)
 
+    def head_matrix(self) -> Tensor:
+        """(V, H). Raises: ModelError where the head is more than a whole matrix."""
+        if not self._is_bare():
+            raise ModelError(
+                f"{type(self).__name__}: its output head is no bare matrix here (it has an adapter, or its weights are "
+                "in slices), so no KL over the vocabulary can be computed. Set algorithm.kl_coef = 0, or train "
+                "without a target on lm_head and without FSDP2 or ZeRO-3."
+            )
+        weight: Tensor = self.lm_head.weight
+        return weight
+
+    def _kl(self, hidden: Tensor, reference: ReferenceStates | None) -> Tensor:
+        if reference is None:
+            raise ValueError("token output 'kl' needs the reference's states at the wanted positions")
+        return kl_to_reference(hidden, self.head_matrix(), reference, self.config.mask_token_id)
+
     def _scalar(self, hidden: Tensor, positions: Tensor, name: str | None) -> Tensor:
         if name not in getattr(self, "scalar_heads", ()):
             raise ValueError(f"no scalar head {name!r} on this model; add one with the adapter that trains it")
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        rows = positions.nonzero()[:, 0]  # (N,) row of each wanted position
-        total = hidden.new_zeros(len(positions), hidden.shape[-1], dtype=wide).index_add(0, rows, hidden.to(wide))
-        pooled = total / positions.sum(1, keepdim=True).clamp(min=1)
-        return self.scalar_heads[name](pooled).squeeze(-1)
+        scalar: Tensor = self.scalar_heads[name](pool(hidden, positions)).squeeze(-1)
+        return scalar
 
     def _is_worth_chunking(self, hidden: Tensor) -> bool:
-        """Whether the logits are large, and the head a bare matrix that may be read without calling the module.
+        return self._is_bare() and len(hidden) * self.lm_head.out_features > chunked_head.CHUNK_NUMBERS
+
+    def _is_bare(self) -> bool:
+        """Whether the head is a matrix and nothing else, which may be read without calling the module.
 
         Adapters and wrappers that shard the head on its own change its class or hook its call.
         """
         head = self.lm_head
         is_bare = type(head) is nn.Linear and head.bias is None
-        is_bare = is_bare and not head._forward_pre_hooks and not head._forward_hooks
-        return is_bare and len(hidden) * head.out_features > chunked_head.CHUNK_NUMBERS
+        return is_bare and not head._forward_pre_hooks and not head._forward_hooks

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_N
 
 from unmask.errors import ModelError
 from unmask.models.files import one_line
-from unmask.models.outputs import OUTPUTS, summarise_logits
+from unmask.models.outputs import OUTPUTS, STATES, pool, summarise_logits
 
 # largest difference that rounding may make, in units of the root mean square logit; a wrong position makes about 1
 _ROUNDING = {torch.bfloat16: 2.5e-1, torch.float16: 3e-2}
@@ -61,8 +61,11 @@ class SelectedPositions:
         if positions is None:
             return plain(**kwargs)
 
+        states: list[Tensor] = []  # (N, H), what the output embedding sees
+
         def select(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor]:
-            return (inputs[0].reshape(*input_ids.shape, -1)[positions],)
+            states.append(inputs[0].reshape(*input_ids.shape, -1)[positions])
+            return (states[0],)
 
         handle = self.get_output_embeddings().register_forward_pre_hook(select)
         try:
@@ -71,8 +74,22 @@ class SelectedPositions:
             handle.remove()
         if logits.dim() == 3:  # a class whose head reads the embedding matrix without calling the module
             logits = logits[positions]
-        out = summarise_logits(logits, targets, want, self.config.mask_token_id)
-        return {name: value for name in OUTPUTS if (value := getattr(out, name)) is not None}
+        numbers = self._states(states, positions, want)
+        others = [name for name in want if name not in STATES]
+        out = summarise_logits(logits, targets, others, self.config.mask_token_id)
+        return numbers | {name: value for name in OUTPUTS if (value := getattr(out, name)) is not None}
+
+    def _states(self, states: Sequence[Tensor], positions: Tensor, want: Sequence[str]) -> dict[str, Tensor]:
+        """ "hidden" and "pooled" where wanted. Raises: ModelError for what this class does not have."""
+        wanted = [name for name in STATES if name in want]
+        possible = ("hidden", "pooled") if states else ()
+        if missing := [name for name in wanted if name not in possible]:
+            raise ModelError(
+                f"{type(self).__name__}: has no {missing[0]!r} output, because its head is not a bare matrix on hidden "
+                "states. Use an algorithm without it (algorithm.kl_coef = 0), or LLaDA, Dream or the embedded model."
+            )
+        makers = {"hidden": lambda: states[0].detach(), "pooled": lambda: pool(states[0], positions)}
+        return {name: makers[name]() for name in wanted}
 
 
 def is_masked_lm(model_type: str) -> bool:

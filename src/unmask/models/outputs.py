@@ -12,6 +12,9 @@ from unmask.models.cross_entropy import CROSS_ENTROPIES
 from unmask.types import TokenOutput
 
 OUTPUTS = ("logits", "logp", "entropy")
+"""What logits give."""
+STATES = ("scalar", "hidden", "pooled", "kl")
+"""What needs hidden states."""
 
 
 def summarise_logits(
@@ -78,6 +81,17 @@ def summarise_hidden(
         with torch.no_grad():
             _, entropy = chunked_head(hidden, weight, targets, mask_token_id, want_entropy=True)
     return TokenOutput(None, kernel_logp, entropy)
+
+
+def pool(
+    hidden: Tensor,  # (N, H), in row-major order of the wanted positions
+    positions: Tensor,  # (b, T) bool
+) -> Tensor:  # (b, H), float32 or wider
+    """Mean of each row's wanted hidden states; zero for a row without any."""
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    rows = positions.nonzero()[:, 0]  # (N,) row of each wanted position
+    total = hidden.new_zeros(len(positions), hidden.shape[-1], dtype=wide).index_add(0, rows, hidden.to(wide))
+    return total / positions.sum(1, keepdim=True).clamp(min=1)
 
 
 def _check_want(want: Sequence[str], targets: Tensor | None, known: Sequence[str] = OUTPUTS) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -17,7 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from unmask.errors import DataError, ModelError
 from unmask.models import adapter_files
 from unmask.models.adapters import POLICY, LoraConfig, Switch, add
-from unmask.types import TokenOutput
+from unmask.types import ReferenceStates, TokenOutput
 
 
 class MaskedPolicy:
@@ -110,9 +111,12 @@ class MaskedPolicy:
         targets: Tensor | None = None,
         want: Sequence[str] = ("logits",),
         cache: DynamicCache | None = None,
+        reference: ReferenceStates | None = None,
     ) -> TokenOutput:
         """See `Policy.token_outputs`."""
         options: dict[str, Any] = {"targets": targets, "want": want}
+        if reference is not None:
+            options["reference"] = reference
         if cache is not None:
             options["past_key_values"] = cache
         if "scalar" in want:
@@ -122,6 +126,40 @@ class MaskedPolicy:
         if self.switch and torch.is_grad_enabled():
             self.switch.watch(numbers)
         return TokenOutput(**numbers)
+
+    def head_weight(self) -> Tensor:
+        """See `Policy.head_weight`. Raises: ModelError."""
+        base: Any = self.switch.module.get_base_model() if self.switch else self.module
+        base = getattr(base, "module", base)  # DDP's
+        if not hasattr(base, "head_matrix"):
+            raise ModelError(
+                f"{self.name}: the output head of this family is no bare matrix, so no KL over the vocabulary can be "
+                "computed. Set algorithm.kl_coef = 0, or train LLaDA, Dream or the embedded model."
+            )
+        weight: Tensor = base.head_matrix()
+        if isinstance(weight, DTensor) or weight.dim() != 2 or not weight.numel():
+            raise ModelError(
+                f"{self.name}: its output head is in slices, and a KL over the vocabulary needs it whole. Launch "
+                "with recipes/accelerate/ddp.yaml, or set algorithm.kl_coef = 0."
+            )
+        return weight.detach()
+
+    @contextmanager
+    def learning(self, adapter: str) -> Iterator[None]:
+        """`use`, with the adapter's parameters open to gradients in this block alone.
+
+        For a model that shares the backbone and is no part of the policy: whoever collects the trained parameters of
+        the policy (optimiser, clipping, DDP, checkpoints) does so outside of it. Raises: ModelError.
+        """
+        if self.switch is None:
+            raise ModelError(f"{self.name}: no adapter {adapter!r}; the model has none. Give model.lora, or load one.")
+        self.switch.trained.add(adapter)
+        try:
+            with self.switch.use(adapter):
+                yield
+        finally:
+            self.switch.trained.discard(adapter)
+            self.switch.activate(self.switch.active)
 
     @contextmanager
     def _checkpointing(self) -> Iterator[None]:

@@ -58,6 +58,7 @@ class CoupledGRPO:
     """"to_eos": tokens up to and including the stop token (published code); "all": the whole canvas."""
 
     is_row_separable: ClassVar[bool] = True
+    strategies: ClassVar[tuple[str, ...]] = ("groups",)
     source: ClassVar[str] = "arXiv:2506.20639"
 
     def __post_init__(self) -> None:

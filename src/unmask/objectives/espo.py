@@ -26,7 +26,7 @@ from unmask.types import Corruption, LossInputs, LossOutput, Needs, NoiseLike, R
 
 LIKELIHOODS = ("elbo", "mean_field")
 LEVELS = ("sequence", "token")
-KL_SCALES = ("per_length", "none")
+SCALES = ("per_length", "none")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ class ESPO:
     """Distance of the lower clip bound below a ratio of 1."""
     clip_high: float = 0.2
     """Distance of the upper clip bound above a ratio of 1."""
+    ratio_scale: str = "per_length"
+    """"per_length": the log-ratio of a sequence is divided by L, as published; "none": not (an ablation)."""
     kl: str = "k2"
     """Estimator of the KL to the reference: "k1", "k2" or "k3"."""
     kl_coef: float = 1e-3
@@ -83,6 +85,7 @@ class ESPO:
     """Share of prompt tokens hidden in "mean_field" copies; "elbo" copies show the whole prompt."""
 
     is_row_separable: ClassVar[bool] = True
+    strategies: ClassVar[tuple[str, ...]] = ("groups",)
     source: ClassVar[str] = "arXiv:2512.03759"
 
     def __post_init__(self) -> None:
@@ -91,7 +94,14 @@ class ESPO:
         check_prompt_mask_ratio(self.prompt_mask_ratio)
         require_choice("likelihood", self.likelihood, LIKELIHOODS)
         require_choice("level", self.level, LEVELS)
-        require_choice("kl_scale", self.kl_scale, KL_SCALES)
+        require_choice("kl_scale", self.kl_scale, SCALES)
+        require_choice("ratio_scale", self.ratio_scale, SCALES)
+        require(
+            self.level == "sequence" or self.ratio_scale == "per_length",
+            "ratio_scale",
+            self.ratio_scale,
+            'a token\'s ratio has no length to be divided by. Set "per_length", or algorithm.level = "sequence".',
+        )
         require(
             self.likelihood != "elbo" or not self.coupled or self.num_masks % 2 == 0,
             "num_masks",
@@ -141,7 +151,8 @@ class ESPO:
         if self.level == "sequence":
             counted = counted[:, :1]
         # one action a row: the ratio is that of the geometric mean over its tokens
-        tokens_per_action = length[:, None].to(per_token) if self.level == "sequence" else 1.0
+        is_divided = self.level == "sequence" and self.ratio_scale == "per_length"
+        tokens_per_action = length[:, None].to(per_token) if is_divided else 1.0
 
         log_ratio = self._difference(per_token, *old_scores(x, "ESPO")) / tokens_per_action  # (B, N)
         gain = clipped_surrogate(log_ratio, advantages, self.clip_low, self.clip_high)

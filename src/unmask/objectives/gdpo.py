@@ -77,6 +77,7 @@ class GDPO:
     """"all": L is the canvas, end-of-text padding included; "to_eos": up to the stop token. The paper does not say."""
 
     is_row_separable: ClassVar[bool] = True
+    strategies: ClassVar[tuple[str, ...]] = ("groups",)
     source: ClassVar[str] = "arXiv:2510.08554"
 
     def __post_init__(self) -> None:

@@ -37,6 +37,7 @@ class SFT:
     """Without effect: no other model is scored."""
 
     is_row_separable: ClassVar[bool] = True
+    strategies: ClassVar[tuple[str, ...]] = ("groups",)
 
     def __post_init__(self) -> None:
         require(self.num_masks >= 1, "num_masks", self.num_masks, "the loss is read from masked copies. Use 1 or more.")

@@ -65,6 +65,7 @@ class SPG:
     """"to_eos": E is the length up to the stop token (paper); "all": the canvas."""
 
     is_row_separable: ClassVar[bool] = True
+    strategies: ClassVar[tuple[str, ...]] = ("groups",)
     share_masks: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv:2510.09541"
 

@@ -53,6 +53,7 @@ class UniGRPO:
     """"all": any completion position may be masked; "to_eos": those up to the stop token. The paper does not say."""
 
     is_row_separable: ClassVar[bool] = True
+    strategies: ClassVar[tuple[str, ...]] = ("groups",)
     share_masks: ClassVar[bool] = True  # a ratio at k needs k masked for both policies
     source: ClassVar[str] = "arXiv:2505.15809"
 

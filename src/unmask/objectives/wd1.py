@@ -55,6 +55,7 @@ class WD1:
     """"to_eos": tokens up to and including the stop token (published code); "all": the whole canvas."""
 
     is_row_separable: ClassVar[bool] = True
+    strategies: ClassVar[tuple[str, ...]] = ("groups",)
     share_masks: ClassVar[bool] = True
     source: ClassVar[str] = "arXiv:2507.08838"
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,9 @@ class BlockDiffusion:
     """Divides the logits; 0 takes the most probable token. Recorded log-probabilities are those of temperature 1."""
     use_cache: bool = True
     """Keep keys and values of finished blocks, each of which is then read once more. The tokens are the same."""
+
+    keeps_tokens: ClassVar[bool] = True
+    continues: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, None, self.temperature)

@@ -12,6 +12,14 @@ from unmask.errors import ConfigError, ModelError
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
 
 
+@dataclass(frozen=True)
+class Start:
+    """The state that `samples` were in before reveal step `step`: where other completions of theirs begin."""
+
+    samples: Samples  # B rows, of a sampler with the same settings
+    step: int
+
+
 @dataclass
 class Canvas:
     """A batch of rows while they are being filled. Slots are positions within the completion, 0..L-1.
@@ -27,11 +35,25 @@ class Canvas:
     logps: Tensor  # (B, L) float64, nats
     nfe: Tensor  # (B, 1) int64, forwards that the row took part in and that a `write` answered
     on_step: Callable[[Tensor], None] | None
+    first_step: int = 0
+    """Steps that were made before this canvas was opened; they count in `nfe` while it is being filled."""
 
     @property
     def prompt_length(self) -> int:
         """P, tokens."""
         return self.ids.shape[1] - self.logps.shape[1]
+
+    def still_open(
+        self,
+        slots: Tensor,  # (B, k) int64, ascending in every row
+        num_fixed: int,
+    ) -> Tensor:  # (B, k - num_fixed) int64, ascending
+        """The slots without a token, where every row has fixed equally many of them."""
+        if not num_fixed:
+            return slots
+        is_fixed = self.reveal_step.gather(1, slots) >= 0
+        open_first = is_fixed.int().argsort(dim=1, stable=True)
+        return slots.gather(1, open_first[:, : slots.shape[1] - num_fixed])
 
     def logits(
         self,
@@ -105,7 +127,8 @@ class Canvas:
                 f"first: prompt {int(self.prompt_key[row])}, completion position {slot}. "
                 "Check the weights; a lower learning rate keeps training from getting here."
             )
-        return Samples(self.ids[:, self.prompt_length :].clone(), self.reveal_step, self.logps, self.nfe[:, 0])
+        made = self.nfe[:, 0] - self.first_step
+        return Samples(self.ids[:, self.prompt_length :].clone(), self.reveal_step, self.logps, made)
 
 
 def open_canvas(
@@ -113,8 +136,11 @@ def open_canvas(
     prompts: PromptBatch,
     gen_length: int,
     on_step: Callable[[Tensor], None] | None = None,
+    start: Start | None = None,
 ) -> Canvas:
     """Every prompt followed by `gen_length` mask tokens, on the policy's device, for a model that reads all of it.
+
+    With `start`, followed by the tokens that are fixed there, and masks elsewhere.
 
     Raises: ConfigError if a prompt leaves no room for them in the model, or the model reads block by block.
     """
@@ -124,7 +150,22 @@ def open_canvas(
             "blocks to come, which this sampler shows it. Use sampler.type = 'block_diffusion'."
         )
     require_room(policy, prompts.prompt_mask, gen_length)
-    return new_canvas(policy, prompts, gen_length, on_step)
+    canvas = new_canvas(policy, prompts, gen_length, on_step)
+    if start is not None:
+        _go_to(canvas, start)
+    return canvas
+
+
+def _go_to(canvas: Canvas, start: Start) -> None:
+    """Put a new canvas into the state of `start`."""
+    samples = start.samples
+    is_fixed = samples.reveal_step < start.step
+    completion = canvas.ids[:, canvas.prompt_length :]
+    completion.copy_(torch.where(is_fixed, samples.completion_ids, completion))
+    canvas.reveal_step.copy_(torch.where(is_fixed, samples.reveal_step, canvas.reveal_step))
+    canvas.logps.copy_(torch.where(is_fixed, samples.logps, canvas.logps))
+    canvas.nfe.fill_(start.step)
+    canvas.first_step = start.step
 
 
 def new_canvas(

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from unmask.errors import ConfigError
-from unmask.samplers.canvas import Canvas, open_canvas
+from unmask.samplers.canvas import Canvas, Start, open_canvas
 from unmask.samplers.draw import draw_tokens, token_logps
 from unmask.samplers.plan import check_lengths, check_steps, time_grid_counts, time_grid_shares
 from unmask.samplers.surest import fix_surest
@@ -52,6 +53,9 @@ class Dream:
     alg_temp: float = 0.0
     """Above 0: positions are drawn without replacement from softmax(confidence / alg_temp) instead of the surest."""
 
+    keeps_tokens: ClassVar[bool] = True
+    continues: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, None, self.temperature)
         check_steps(self.gen_length, 1, self.num_steps)
@@ -69,6 +73,11 @@ class Dream:
                 "Set it to 0, or alg to 'entropy'."
             )
 
+    @property
+    def total_steps(self) -> int:
+        """Denoising steps of a completion."""
+        return self.num_steps or self.gen_length
+
     @torch.no_grad()
     def sample(
         self,
@@ -77,17 +86,21 @@ class Dream:
         *,
         noise: NoiseLike,
         on_step: Callable[[Tensor], None] | None = None,
+        start: Start | None = None,
     ) -> Samples:
-        """One completion per row. `on_step` receives a copy of the canvas (B, T) after every step."""
-        canvas = open_canvas(policy, prompts, self.gen_length, on_step)
-        num_steps = self.num_steps or self.gen_length
+        """One completion per row, from `start` on if it is given. `on_step` receives a copy of the canvas (B, T) after
+        every step."""
+        canvas = open_canvas(policy, prompts, self.gen_length, on_step, start)
+        first = canvas.first_step
         slots = torch.arange(self.gen_length, device=canvas.ids.device).expand(len(prompts), -1)
         if self.alg == "origin":
-            is_open = torch.ones_like(slots, dtype=torch.bool)
-            for share in time_grid_shares(num_steps).tolist():
+            is_open = canvas.reveal_step < 0
+            for share in time_grid_shares(self.total_steps).tolist()[first:]:
                 is_open = self._fix_independently(policy, canvas, slots, is_open, share, noise)
         else:
-            for count in time_grid_counts(self.gen_length, num_steps):
+            counts = time_grid_counts(self.gen_length, self.total_steps)
+            slots = canvas.still_open(slots, sum(counts[:first]))
+            for count in counts[first:]:
                 slots = self._fix_surest(policy, canvas, slots, count, noise)
         return canvas.samples()
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unmask.samplers.canvas import Canvas, open_canvas
+from unmask.samplers.canvas import Canvas, Start, open_canvas
 from unmask.samplers.draw import draw_tokens, token_probabilities
 from unmask.samplers.order import fill_in_random_order
 from unmask.samplers.plan import check_lengths, check_steps, reveal_counts
@@ -29,6 +30,9 @@ class _Blockwise:
     temperature: float = 0.0
     """Divides the logits; 0 takes the most probable token. Recorded log-probabilities are those of temperature 1."""
 
+    keeps_tokens: ClassVar[bool] = True
+    continues: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, self.block_length, self.temperature)
         check_steps(self.gen_length, self.num_blocks, self.num_steps)
@@ -37,6 +41,11 @@ class _Blockwise:
     def num_blocks(self) -> int:
         """Blocks per completion."""
         return self.gen_length // (self.block_length or self.gen_length)
+
+    @property
+    def total_steps(self) -> int:
+        """Denoising steps of a completion."""
+        return self.num_steps or self.gen_length
 
     @property
     def block_counts(self) -> list[int]:
@@ -63,13 +72,18 @@ class LowConfidence(_Blockwise):
         *,
         noise: NoiseLike,
         on_step: Callable[[Tensor], None] | None = None,
+        start: Start | None = None,
     ) -> Samples:
-        """One completion per row. `on_step` receives a copy of the canvas (B, T) after every step."""
-        canvas = open_canvas(policy, prompts, self.gen_length, on_step)
+        """One completion per row, from `start` on if it is given. `on_step` receives a copy of the canvas (B, T) after
+        every step."""
+        canvas = open_canvas(policy, prompts, self.gen_length, on_step, start)
         slots = torch.arange(self.gen_length, device=canvas.ids.device).expand(len(prompts), -1)
         token_noise = noise.stream("token") if self.temperature > 0 else None
-        for open_slots in slots.chunk(self.num_blocks, dim=1):  # (B, block_length)
-            for count in self.block_counts:
+        counts = self.block_counts
+        for number, open_slots in enumerate(slots.chunk(self.num_blocks, dim=1)):  # (B, block_length)
+            done = min(max(canvas.first_step - number * len(counts), 0), len(counts))
+            open_slots = canvas.still_open(open_slots, sum(counts[:done]))
+            for count in counts[done:]:
                 # every row has equally many open slots, so the batch stays rectangular
                 open_slots = _fix_surest(policy, canvas, open_slots, count, self.temperature, token_noise)
         return canvas.samples()
@@ -90,8 +104,10 @@ class RandomRemasking(_Blockwise):
         *,
         noise: NoiseLike,
         on_step: Callable[[Tensor], None] | None = None,
+        start: Start | None = None,
     ) -> Samples:
-        """One completion per row. `on_step` receives a copy of the canvas (B, T) after every step."""
+        """One completion per row, from `start` on if it is given. `on_step` receives a copy of the canvas (B, T) after
+        every step."""
         return fill_in_random_order(
             policy,
             prompts,
@@ -101,6 +117,7 @@ class RandomRemasking(_Blockwise):
             temperature=self.temperature,
             noise=noise,
             on_step=on_step,
+            start=start,
         )
 
 

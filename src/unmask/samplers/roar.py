@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
+from unmask.samplers.canvas import Start
 from unmask.samplers.order import fill_in_random_order
 from unmask.samplers.plan import check_lengths
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
@@ -29,8 +31,16 @@ class Roar:
     temperature: float = 1.0
     """Divides the logits; 0 takes the most probable token. Recorded log-probabilities are those of temperature 1."""
 
+    keeps_tokens: ClassVar[bool] = True
+    continues: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, self.block_length, self.temperature)
+
+    @property
+    def total_steps(self) -> int:
+        """Denoising steps of a completion."""
+        return self.gen_length
 
     def sample(
         self,
@@ -39,8 +49,10 @@ class Roar:
         *,
         noise: NoiseLike,
         on_step: Callable[[Tensor], None] | None = None,
+        start: Start | None = None,
     ) -> Samples:
-        """One completion per row. `on_step` receives a copy of the canvas (B, T) after every step."""
+        """One completion per row, from `start` on if it is given. `on_step` receives a copy of the canvas (B, T) after
+        every step."""
         return fill_in_random_order(
             policy,
             prompts,
@@ -50,4 +62,5 @@ class Roar:
             temperature=self.temperature,
             noise=noise,
             on_step=on_step,
+            start=start,
         )
