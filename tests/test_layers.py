@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "unmask"
 ROWS = (
     ("__main__",),
     ("cli",),
-    ("estimation",),
+    ("estimation", "diagnosis"),
     ("api", "plan", "merging", "energy"),
     ("launch", "counting"),
     ("bases",),

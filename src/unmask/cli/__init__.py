@@ -26,6 +26,7 @@ COMMANDS = {
     "sample": "one completion, shown as it is revealed",
     "merge": "one ordinary model out of an adapter and its base",
     "estimate": "memory, FLOPs and hours of a recipe on a machine that need not be here",
+    "diagnose": "bias, variance and cost of likelihood estimators, against exact enumeration",
     "data": "preference pairs out of a run's rollouts",
     "report": "tables and learning curves of runs",
     "energy": "what the energy model of a dga run has learned",
