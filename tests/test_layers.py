@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "unmask"
 ROWS = (
     ("__main__",),
     ("cli",),
+    ("comparison",),
     ("estimation", "diagnosis"),
     ("api", "plan", "merging", "energy"),
     ("launch", "counting"),
