@@ -140,12 +140,12 @@ def test_wdce_equals_the_loop_oracle(changed):
     assert out.metrics["weight_coef"] == algorithm.weight_coef
 
 
-@pytest.mark.parametrize("baseline", ["none", "group_mean"])
-def test_raw_rewards_are_reinforce_on_the_elbo(baseline):
-    algorithm = DmpoWDCE(weights="raw", baseline=baseline)
+@pytest.mark.parametrize(("baseline", "scale"), [("none", 1.0), ("group_mean", 1.0), ("group_mean", 0.5)])
+def test_raw_rewards_are_reinforce_on_the_elbo(baseline, scale):
+    algorithm = DmpoWDCE(weights="raw", baseline=baseline, baseline_scale=scale)
     x = inputs(algorithm, rollouts=BATCH)
     mean = [0.625, 0.625, 1.0, 1.0] if baseline == "group_mean" else [0.0] * 4
-    signed = [r - m for r, m in zip(REWARDS, mean, strict=True)]
+    signed = [r - scale * m for r, m in zip(REWARDS, mean, strict=True)]
     expected = wdce_loss(bounds(x.logps, x.corruption, [4] * 4, False), signed, GROUPS, 4)
     out = algorithm.loss(x)
     assert_same_value_and_gradient(out.loss, expected, POLICY)
@@ -227,6 +227,8 @@ def test_log_rnd_is_exactly_zero_where_the_models_agree(algorithm):
     if algorithm.likelihood == "order":  # the same bits, as sampler and scoring give on one model
         x = replace(x, sample_logps=x.evidence.ref_logps.sum(1))
     assert (log_density_ratio(algorithm, x) == 0).all()
+    plain = log_density_ratio(DmpoWDCE(weights="reward"), replace(x, rewards=x.rewards.float()))
+    assert plain.dtype == torch.float64 and (plain == 0).all()
     metrics = algorithm.loss(x).metrics
     assert metrics["log_rnd_mean"] == metrics["log_rnd_std"] == 0.0
     weight, _, _ = target_weights(algorithm, x.rewards, x.groups, log_density_ratio(algorithm, x))
@@ -268,8 +270,11 @@ def test_equal_rewards(baseline):
     """The negative baseline leaves exactly nothing, whatever the density ratios; the others follow those."""
     algorithm = DmpoWDCE(baseline=baseline)
     x = replace(given(algorithm), rewards=torch.tensor([0.3, 0.3, -7.1, -7.1]).double())
-    (grad,) = torch.autograd.grad(algorithm.loss(x).loss, x.logps)
+    out = algorithm.loss(x)
+    (grad,) = torch.autograd.grad(out.loss, x.logps)
     assert bool((grad == 0).all()) == (baseline == "negative")
+    assert (out.metrics["elbo_good"] == 0.0) == (baseline == "negative")
+    assert (out.metrics["elbo_bad"] == 0.0) == (baseline in ("negative", "none"))
 
 
 def test_even_weights_without_a_baseline_are_supervised_fine_tuning():
@@ -379,6 +384,8 @@ def test_effective_share_of_two_rollouts_by_hand():
     groups = torch.tensor([7, 7, 2, 2])
     coef = ess_coefficient(exponent, groups, 1.0, 0.7)
     assert coef.tolist() == pytest.approx([math.log(w / (1 - w)) / gap] * 2 + [1.0] * 2, abs=1e-12)
+    one_hot = torch.tensor([1e6, 0.0], dtype=torch.float64)  # a share of exactly 1/2 is enough for 1/2
+    assert ess_coefficient(one_hot, groups[:2], 1.0, 0.5).tolist() == [1.0, 1.0]
     assert ess_coefficient(exponent, groups, 0.5, 0.0).tolist() == [0.5] * 4
     share = effective_share(torch.tensor([1.0, 0.0, 0.5, 0.5]), groups)
     assert share.tolist() == [1.0, 0.5]  # groups in the order of their labels
@@ -401,6 +408,8 @@ def test_the_coefficient_is_the_largest_that_reaches_the_target(target):
     assert min(share(coef)) >= target - 1e-12
     is_free = coef.view(5, 8)[:, 0] == 1
     assert is_free[0] and not is_free[3:].any()
+    steps = coef * 2.0**50  # fifty bisections of [0, 1]
+    assert torch.equal(steps, steps.round())
     more = share((coef * 1.001).clamp(max=1.0))
     assert all(s < target for s, free in zip(more, is_free.tolist(), strict=True) if not free)
 
@@ -463,6 +472,13 @@ def test_finite_for_one_token_and_one_correct_rollout(algorithm):
 def test_draws_follow_the_fields():
     sizes = DmpoWDCE(num_masks=4).draw(BATCH, noise=NOISE).scored.sum(-1)
     assert (sizes.sort(1).values == torch.tensor([1, 2, 3, 4])).all()  # stratified
+    free = DmpoWDCE(stratify=False).draw(BATCH, noise=NOISE).scored.sum(-1)
+    assert (free.sort(1).values != torch.tensor([1, 2, 3, 4])).any()
+    for algorithm in (DmpoWDCE(), DmpoWDDO()):
+        first, again, second = (
+            algorithm.draw(BATCH, noise=NOISE, **k).masked for k in ({}, {"iteration": 0}, {"iteration": 1})
+        )
+        assert torch.equal(first, again) and not torch.equal(first, second)
     pairs = DmpoWDCE(coupled=True).draw(BATCH, noise=NOISE).scored
     assert (pairs[:, 0] ^ pairs[:, 1]).all() and (pairs[:, 2] ^ pairs[:, 3]).all()
     assert not DmpoWDCE(count_positions="to_eos").draw(BATCH, noise=NOISE).scored[2, :, 1:].any()
@@ -495,7 +511,13 @@ def test_needs_follow_the_fields():
     plain = DmpoWDCE(weights="reward").needs
     assert plain.evidence is None and not plain.order and not plain.evidence_old
     assert DmpoWDCE(weights="reward", baseline="unbias").needs.order
+    assert DmpoWDCE(weights="reward", baseline="unbias").needs.evidence is None
+    alone = DmpoWDCE(weights="reward", likelihood="elbo").needs
+    assert alone.evidence is None and not alone.evidence_old
     assert DmpoWDCE(weights="reward", baseline="unbias", likelihood="elbo").needs.evidence_old
+    for likelihood in ("order", "elbo"):
+        bare = DmpoWDDO(weights="reward", likelihood=likelihood).needs
+        assert bare.old and bare.evidence is None and not bare.order and not bare.evidence_old
     assert DmpoWDDO().needs.old and DmpoWDDO().needs.order and DmpoWDDO().needs.evidence is not None
     ordered = DmpoWDDO(old_likelihood="order", likelihood="elbo").needs
     assert ordered.order and ordered.evidence_old and not ordered.old
@@ -538,9 +560,10 @@ def test_published_defaults():
     a, b = DmpoWDCE(), DmpoWDDO()
     for c in (a, b):
         assert (c.weights, c.reward_temperature, c.likelihood, c.num_evidence_masks) == ("target", 0.04, "order", 4)
-        assert (c.weight_coef, c.ess_target, c.num_masks, c.coupled) == (1.0, 0.0, 4, False)
+        assert (c.weight_coef, c.ess_target, c.num_masks, c.coupled, c.stratify) == (1.0, 0.0, 4, False, True)
         assert (c.num_iterations, c.fresh_masks, c.count_positions, c.strategies) == (8, True, "all", ("groups",))
         assert c.share_masks and "share_masks" not in {f.name for f in fields(c)}
+        assert type(c)(num_iterations=1, num_masks=2).num_iterations == 1
     assert (a.baseline, a.baseline_scale) == ("negative", 1.0)
     assert (b.discriminator_scale, b.negative_coef, b.use_independent_halves) == (1.0, 1.0, True)
     assert b.old_likelihood == "elbo" and b.is_row_separable

@@ -141,8 +141,8 @@ class DmpoWDCE:
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """(B,) the signed weights as they are where policy, old policy and reference agree; for the log."""
-        none = torch.zeros_like(rewards)
-        return signed_weights(self, rewards, groups, none, none)[0]
+        agree = 0 * rewards  # nats
+        return signed_weights(self, rewards, groups, agree, agree)[0]
 
     def draw(self, rollouts: Rollouts, *, noise: NoiseLike, iteration: int = 0) -> Corruption:
         """`num_masks` random subsets of each completion."""
@@ -257,7 +257,7 @@ class DmpoWDDO:
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """(B,) G w - a where old policy and reference agree, twice the pull on B at D = 0; for the log."""
-        weight = target_weights(self, rewards, groups, torch.zeros_like(rewards))[0]
+        weight = target_weights(self, rewards, groups, 0 * rewards)[0]
         return group_size(groups) * weight - self.negative_coef
 
     def draw(self, rollouts: Rollouts, *, noise: NoiseLike, iteration: int = 0) -> Corruption:
@@ -269,7 +269,7 @@ class DmpoWDDO:
         masked, scored, weight = (
             torch.cat([getattr(half, name) for half in halves], dim=1) for name in ("masked", "scored", "weight")
         )
-        return Corruption(masked, scored, weight / 2, halves[0].kind)
+        return Corruption(masked, scored, weight / 2, "elbo")
 
     def draw_evidence(self, rollouts: Rollouts, noise: NoiseLike) -> Corruption:
         """What ℓ is read from; see `draw_evidence`."""
@@ -293,17 +293,18 @@ class DmpoWDDO:
 
     def _log_ratios(self, x: LossInputs) -> tuple[Tensor, Tensor]:
         """D and D', (B,) nats each."""
-        logps, old = x.logps, None
+        logps: Tensor = x.logps
+        old: Tensor | float = 0.0
         if self.old_likelihood == "elbo":
             # copy by copy before the sum: a small difference of large sums would lose digits in float32
             logps = logps - old_scores(x, "DmpoWDDO")[0].to(logps)
         else:
-            old = old_tokens(x, self.old_likelihood, self.count_positions).to(logps)
+            old = old_tokens(x, self.old_likelihood, self.count_positions).sum(1).to(logps)
         weighted = x.corruption.weight.to(logps) * logps  # (B, K, L)
         parts: Sequence[Tensor] = (weighted, weighted)
         if self.use_independent_halves:
             parts = [2 * half for half in weighted.chunk(2, dim=1)]
-        up, down = ((part.sum(1) if old is None else part.sum(1) - old).sum(1) for part in parts)
+        up, down = (part.sum((1, 2)) - old for part in parts)
         return up, down
 
 
@@ -321,7 +322,7 @@ def signed_weights(
         base = mean if a.baseline == "group_mean" else torch.zeros_like(mean)
         return rewards - a.baseline_scale * base, rewards, torch.ones_like(rewards)
     weight, coef, tilt = target_weights(a, rewards, groups, log_rnd)
-    even = group_softmax(torch.zeros_like(weight), groups)  # 1/G: what weights that add up to 1 are on average
+    even = torch.ones_like(weight) / group_size(groups)  # what weights that add up to 1 are on average
     if a.baseline == "negative":
         base = group_softmax(coef * (log_rnd - tilt), groups)
     elif a.baseline == "unbias":

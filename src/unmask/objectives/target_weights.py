@@ -177,7 +177,7 @@ def ess_coefficient(
 
     high = exponent.new_full((len(count),), most)
     low = torch.where(is_enough(high), high, torch.zeros_like(high))
-    for _ in range(_BISECTIONS if target > 0 else 0):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         good = is_enough(middle)
         low, high = torch.where(good, middle, low), torch.where(good, high, middle)
