@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from dataclasses import replace
 
@@ -19,14 +20,14 @@ from tests.test_resume import StopAt, assert_same_run, train_tables
 from unmask.bases import reference_policy, weights_digest
 from unmask.build import train_recipe
 from unmask.critic import ENERGY, make_value_model
-from unmask.errors import ConfigError, DataError, Stopped
+from unmask.errors import ConfigError, DataError, ModelError, Stopped, TrainingError
 from unmask.launch import run_recipe
 from unmask.models import with_lora
 from unmask.models.adapters import adapter_parameters
 from unmask.objectives import DGA
 from unmask.run_log import SilentView
 from unmask.tasks import TASKS
-from unmask.types import Needs, ValueNeeds
+from unmask.types import Batch, Needs, ValueNeeds
 
 PROMPT = ValueNeeds(reads="prompt", is_trunk_trained=False, lr=1e-2)
 COMPLETION = ValueNeeds(reads="completion", is_trunk_trained=True, lr=1e-2, trunk_lr=1e-3, loss=DGA().ranking_loss)
@@ -191,6 +192,36 @@ def test_a_trainer_keeps_the_two_apart(kind):
     trainer.run()
     own = {n: p for n, p in policy.module.named_parameters() if p.requires_grad}
     assert not any(f".{ENERGY}." in n for n in own) and float(critic.values(rollouts).abs().max()) > 0
+
+
+@pytest.mark.parametrize("kind", ["copy", "adapter"])
+def test_a_value_model_that_broke_stops_the_run_before_weights_hide_it(kind):
+    policy, critic = make(kind)
+    rollouts = fake_rollouts()
+    before = {name: p.detach().clone() for name, p in critic.tensors().items()}
+    with pytest.raises(TrainingError, match=r"the loss of the value model is nan\. Lower its learning rates"):
+        critic.learn(rollouts, lambda values: values.sum() * math.nan)
+    with pytest.raises(TrainingError, match=r"the gradient norm of the value model is (inf|nan)"):
+        critic.learn(rollouts, lambda values: (values * 1e308 * 1e10).sum())  # 0, with an infinite slope
+    assert all(torch.equal(p, before[name]) for name, p in critic.tensors().items())
+    trainer = make_trainer(
+        policy, DGA(num_iterations=1), FixedSource(rollouts), reference=reference_policy(policy), value_model=critic
+    )
+    with torch.no_grad():
+        critic.head[-1].weight.fill_(math.inf)
+    with pytest.raises(TrainingError, match="value model"):
+        trainer.prepare(0)
+    with pytest.raises(TrainingError, match=r"gives .* of 12 rollouts no finite number"):
+        trainer.read_values(Batch(0, rollouts, rollouts.rewards, [], {}))
+
+
+def test_a_model_that_the_algorithm_cannot_learn_on_leaves_no_directory(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "digit_sum", DigitSum)
+    content = tables(model, is_adapted=True)
+    content["model"]["lora"] = {"rank": 2, "targets": ["lm_head", "q_proj"]}
+    with pytest.raises(ModelError):
+        run_recipe(train_recipe(content, tmp_path), tmp_path / "run", SilentView())
+    assert not (tmp_path / "run").exists()
 
 
 def test_nothing_changes_where_the_loss_has_no_gradient():

@@ -21,6 +21,7 @@ from tests.oracles_steps import (
 from tests.toys import TabularPolicy
 from unmask.errors import ConfigError
 from unmask.objectives import SFT, DmpoWDCE, DmpoWDDO
+from unmask.objectives.dmpo import signed_weights
 from unmask.objectives.target_weights import (
     effective_share,
     ess_coefficient,
@@ -151,6 +152,7 @@ def test_raw_rewards_are_reinforce_on_the_elbo(baseline, scale):
     assert_same_value_and_gradient(out.loss, expected, POLICY)
     assert set(out.metrics) == {"policy_loss", "weight_max", "elbo_good", "elbo_bad"}
     assert algorithm.needs.evidence is None and not algorithm.needs.order
+    assert signed_weights(algorithm, x.rewards, x.groups, None, None)[2].tolist() == [1.0] * 4  # no exponent
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,8 @@ BAD_ROWS = [
     (ROW | {"chosen_score": 0, "rejected_score": 1}, "chosen_score = 0 is below rejected_score = 1"),
     (FORMS["conversations"] | {"conversations": [{"from": "tool", "value": "1"}]}, "turns are not of one of"),
     (FORMS["conversations"] | {"conversations": [{"from": "human"}]}, "conversations: must be"),
+    (FORMS["conversations"] | {"conversations": [{"from": ["human"], "value": "1"}]}, "turns are not of one of"),
+    (ROW | {"chosen_score": 10**400, "rejected_score": 0}, "must both be finite numbers"),
 ]
 
 

@@ -258,6 +258,9 @@ def test_what_is_logged_of_a_tree_is_its_leaves():
     assert [row["advantage"] for row in rows] == [float(i) for i in leaves]
     metrics = rollout_metrics(rollouts)
     assert metrics["reward"] == pytest.approx(sum(row["reward"] for row in rows) / 18, abs=1e-12)
+    # over the leaves of a prompt, as for groups; not over siblings, which share half of a canvas
+    spread = rollouts.rewards[leaves].view(3, 6).var(1, unbiased=False).sqrt().mean()
+    assert metrics["reward_std"] == pytest.approx(float(spread), abs=1e-12)
 
 
 def test_the_forwards_of_a_tree_are_those_of_its_edges():
@@ -276,6 +279,28 @@ def test_the_forwards_of_a_tree_are_those_of_its_edges():
 def step_source(temperature: float = 2.0, name: str = "low_confidence", task=None, **fields):
     config = StepsConfig(**({"prompts_per_batch": 3, "group_size": 4, "batch_size": 5} | fields))
     return config.source(task or Length6(), sampler(name, temperature), Noise(1))
+
+
+class Given(DigitSum):
+    """Rewards in the order in which completions are judged."""
+
+    def __init__(self, rewards):
+        self.left = iter(rewards)
+
+    def score(self, example, completion):
+        return Score(next(self.left), Status.WRONG, {"accuracy": 0.0})
+
+
+def test_means_that_differ_by_rounding_alone_are_equal():
+    rewards = [0.1, 0.2, 0.3, 0.3, 0.2, 0.1]
+    assert sum(rewards[:3]) != sum(rewards[3:])  # what the test is about
+    config = TreeConfig(prompts_per_batch=1, group_size=6, branching=(2, 3))
+    rollouts = collected(config.source(Given(rewards), sampler("roar"), Noise(1)))
+    inner = rollouts.rewards[~is_finished(rollouts)]
+    assert len(inner) == 2 and inner[0] == inner[1]
+    steps = StepsConfig(prompts_per_batch=2, group_size=3, num_rerolls=1)
+    again = collected(steps.source(Given([*rewards, 0.5, 0.5]), sampler("roar"), Noise(1)))
+    assert [facts["extra_rollouts"] for facts in again.facts] == [0.0, 0.0, 1.0, 1.0, 0.0, 0.0]
 
 
 def test_re_rolls_are_made_of_rows_above_the_mean_and_of_no_others():

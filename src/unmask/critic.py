@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, distributed, nn
 
-from unmask.errors import ConfigError, DataError
+from unmask.errors import ConfigError, DataError, TrainingError
 from unmask.models import LoraConfig, MaskedPolicy
 from unmask.models.adapters import POLICY, adapter_parameters, adapting
 from unmask.noise import Noise
@@ -67,6 +68,9 @@ def _trained_trunk(policy: MaskedPolicy, *, seed: int) -> AdapterTrunk | CopyTru
     shape = LoraConfig(rank=own.r, alpha=own.lora_alpha, targets=tuple(sorted(targets)))
     policy.add_adapter(ENERGY, shape, seed=seed, is_trained=False)
     return AdapterTrunk(policy)
+
+
+LOWER_RATES = "Lower its learning rates in [algorithm] (dga: energy_lr and energy_trunk_lr; embr_e: head_lr)."
 
 
 class FrozenTrunk:
@@ -167,10 +171,13 @@ class Critic:
 
         The gradient is that of one pass over all rows, whatever the micro-batch size: a pass without gradient gives
         d loss / d values, a second one back-propagates them slice by slice.
+
+        Raises: TrainingError, before anything is updated, if the loss or its gradient is not finite.
         """
         leaf = self.values(rollouts).requires_grad_()
         result = loss(leaf)
         (coefficients,) = torch.autograd.grad(result, leaf)
+        _require_finite("loss", float(result.detach()))
         norm = 0.0
         if bool((coefficients != 0).any()):
             with self.trunk.learning():
@@ -186,6 +193,7 @@ class Critic:
             for parameter in used:
                 distributed.all_reduce(parameter.grad)
         norm = float(nn.utils.clip_grad_norm_(used, MAX_GRAD_NORM))
+        _require_finite("gradient norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return norm
@@ -288,3 +296,9 @@ def _make_head(module: Any, seed: int, *, has_level: bool) -> nn.Sequential:
     for parameter in last.parameters():
         nn.init.zeros_(parameter)
     return nn.Sequential(first, nn.GELU(), last).to(device=weight.device, dtype=dtype)
+
+
+def _require_finite(what: str, value: float) -> None:
+    """Raises: TrainingError naming the value model."""
+    if not math.isfinite(value):
+        raise TrainingError(f"the {what} of the value model is {value}. {LOWER_RATES}")

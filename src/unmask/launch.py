@@ -64,10 +64,12 @@ def run_recipe(recipe: Recipe, output: str | Path, view: View, *, resume: bool =
         evaluator.attach(policy)
     check_source(policy, recipe, source)
     reference = None if recipe.is_supervised else reference_policy(policy, accelerator)
+    digest = weights_digest(policy.module)  # before the trainer wraps or shards it
+    values = open_value_model(recipe, policy, reference)
     if rank() == 0 and not resume:
         run.create(dump_toml(recipe.tree()))
-    carried: dict[str, Any] = {"base": []}
-    train_loop(recipe, policy, reference, source, evaluator, run, view, accelerator, carried, resume)
+    carried: dict[str, Any] = {"base": [], "base_weights": digest}
+    train_loop(recipe, policy, reference, values, source, evaluator, run, view, accelerator, carried, resume)
     return write_summary(run, recipe, carried["base"], evaluator.final_rows("final") if evaluator else [], started)
 
 
@@ -166,6 +168,7 @@ def train_loop(
     recipe: Recipe,
     policy: MaskedPolicy,
     reference: MaskedPolicy | None,
+    values: Critic | None,
     source: Source,
     evaluator: Evaluator | None,
     run: RunDirectory,
@@ -176,9 +179,8 @@ def train_loop(
 ) -> None:
     """From the first evaluation to the trained weights in model/. `carried` goes into checkpoints and comes back."""
     stop = StopRequest()
-    digest = weights_digest(policy.module)  # before the trainer wraps or shards it
+    digest = carried["base_weights"]
     log = RunLog(run, view, policy, accelerator, stop=stop, carried=carried, with_rollouts=recipe.rollout is not None)
-    values = open_value_model(recipe, policy, reference)
     trainer = Trainer(
         policy,
         reference,
@@ -389,7 +391,7 @@ def replay(file: Path, *, double: bool = False) -> dict[str, Any]:
         if model:
             model.module.double()
     batch, draw = state["batch"], state["batch"].draws[state["inner"]]
-    logps, loss, norm = repeat_update(recipe, policy, reference, batch, draw)
+    logps, loss, norm = repeat_update(recipe, policy, reference, batch, draw, state["step"])
     bad = (~torch.isfinite(logps) & draw.corruption.scored).any(1)  # (B, L)
     rows = [
         {
@@ -404,9 +406,9 @@ def replay(file: Path, *, double: bool = False) -> dict[str, Any]:
 
 
 def repeat_update(
-    recipe: Recipe, policy: MaskedPolicy, reference: MaskedPolicy | None, batch: Batch, draw: Draw
+    recipe: Recipe, policy: MaskedPolicy, reference: MaskedPolicy | None, batch: Batch, draw: Draw, step: int
 ) -> tuple[Tensor, float, float]:
-    """Log-probabilities (B, K, L), loss and gradient 2-norm of one update, without making it."""
+    """Log-probabilities (B, K, L), loss and gradient 2-norm of the update after `step`, without making it."""
     trainer = Trainer(
         policy,
         reference,
@@ -417,6 +419,7 @@ def repeat_update(
         noise=Noise(recipe.seed),
         accelerator=Accelerator(cpu=not torch.accelerator.is_available()),
     )
+    trainer.state.step = step
     numbers = trainer.backward(batch, draw)
     with torch.no_grad():
         loss = float(recipe.algorithm.value.loss(trainer.loss_inputs(batch, draw, numbers)).loss)

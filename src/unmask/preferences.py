@@ -12,7 +12,6 @@ A row has a prompt, `chosen` and `rejected`, in one of three forms, and may have
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +157,7 @@ def _answer(value: Any, where: str) -> tuple[Turns, str]:
 def _turns(value: Any, where: str) -> Turns:
     """Messages, or turns of a conversation as messages."""
     if isinstance(value, list) and value and all(isinstance(turn, dict) and "from" in turn for turn in value):
-        value = [{"role": ROLES.get(turn["from"]), "content": turn.get("value")} for turn in value]
+        value = [{"role": ROLES.get(str(turn["from"])), "content": turn.get("value")} for turn in value]
         if unknown := [turn for turn in value if turn["role"] is None]:
             raise DataError(f"{where}: {len(unknown)} turns are not of one of {', '.join(ROLES)}. Mend the row.")
     return messages(value, where)
@@ -178,7 +177,8 @@ def _scores(row: Mapping[str, Any], where: str) -> tuple[float, float]:
         given = [row[name] for name in names if name in row]
         if not given:
             continue
-        is_number = all(isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) for v in given)
+        # an integer may be too large for a float
+        is_number = all(isinstance(v, int | float) and not isinstance(v, bool) and abs(v) < 1e300 for v in given)
         if len(given) < 2 or not is_number:
             raise DataError(f"{where}: {names[0]} and {names[1]} must both be finite numbers. Mend the row.")
         if given[0] < given[1]:

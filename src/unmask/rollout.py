@@ -343,9 +343,10 @@ def is_finished(rollouts: Rollouts) -> Tensor:  # (B,) bool
 
 
 def rollout_metrics(rollouts: Rollouts) -> dict[str, float]:
-    """What a batch of rollouts looks like, before any update on it; of trees, the leaves."""
+    """What a batch of rollouts looks like, before any update on it; of trees, the leaves, compared over a prompt."""
     if rollouts.window is not None:
         rollouts = take_rows(rollouts, is_finished(rollouts).nonzero()[:, 0])
+        rollouts = replace(rollouts, groups=rollouts.prompt_key)
     rewards = rollouts.rewards
     _, inverse = rollouts.groups.unique(return_inverse=True)
     num_groups = int(inverse.max()) + 1

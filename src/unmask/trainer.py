@@ -208,8 +208,19 @@ class Trainer:
                 metrics = self.value_model.learn(
                     rollouts, lambda values: loss(values, rollouts.rewards, rollouts.groups)
                 )
-        batch.values = self.value_model.values(rollouts)
+        self.read_values(batch)
         return metrics
+
+    def read_values(self, batch: Batch) -> None:
+        """Note the value model's numbers. Raises: TrainingError if one is not finite: weights would hide it."""
+        assert self.value_model
+        batch.values = self.value_model.values(batch.rollouts)
+        bad = ~torch.isfinite(batch.values)
+        if bool(bad.any()):
+            raise TrainingError(
+                f"the value model gives {int(bad.sum())} of {len(bad)} rollouts no finite number (batch "
+                f"{batch.iteration}, step {self.state.step}). Lower its learning rates in [algorithm]."
+            )
 
     def learn_values_by_objective(self, batch: Batch, inputs: LossInputs) -> dict[str, float]:
         """A value model without a loss of its own follows the objective's, at the numbers of the update just made."""
@@ -220,7 +231,7 @@ class Trainer:
         metrics = self.value_model.learn(
             batch.rollouts, lambda values: self.algorithm.loss(replace(inputs, values=values)).loss
         )
-        batch.values = self.value_model.values(batch.rollouts)
+        self.read_values(batch)
         return metrics
 
     def score(self, policy: TextPolicy, rollouts: Rollouts, masks: Corruption) -> Tensor:

@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> None:
         check_output(Path(args.output))
     if args.figure:
         optional("matplotlib.pyplot", "plot")  # refused now rather than after the work
+        check_output(Path(args.figure))
     path = Path(args.run)
     scored = measure_energies(path, num_rollouts=args.num_rollouts, split=args.split, micro_batch_size=args.batch_size)
     source = f"new rollouts on {args.split}" if args.split else "the newest rollouts of its log"

@@ -203,6 +203,8 @@ def budget_notes(recipe: Recipe, budget: int) -> list[str]:
         notes.append("the stop rule of the recipe is left out, so that all arms have equal rollouts")
     if given:
         notes.append(f"{given} batches are read from a file before the rollouts begin, and are not counted as such")
+    if extra := getattr(recipe.rollout, "num_rerolls", 0):
+        notes.append(f"rows above the mean are finished {extra} times again and judged; that is not in the budget")
     if not recipe.rollout:
         notes.append("nothing is rolled out; what counts as rollouts are the completions that are read")
     return notes

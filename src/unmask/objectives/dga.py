@@ -252,7 +252,7 @@ def _draw_rows(
     arrival = -x.uniform.double().log() / weight
     _, member, count = x.groups.unique(return_inverse=True, return_counts=True)
     first = arrival.new_zeros(len(count)).scatter_reduce(0, member, arrival, "amin", include_self=False)
-    return (arrival == first[member]).double()
+    return (arrival == first[member]).double() + 0 * weight  # a weight that is no number stays visible
 
 
 def _masked_mean(x: LossInputs) -> Tensor:

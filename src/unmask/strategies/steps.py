@@ -71,9 +71,8 @@ class StepSource(GroupSource):
         groups = self.config.share(rows)
         rollouts = super().collect(policy, iteration, rows)
         rewards = rollouts.rewards.view(len(groups), -1)
-        # rounding may put the mean of equal rewards below them
-        is_mixed = rewards.amax(1, keepdim=True) > rewards.amin(1, keepdim=True)
-        above = (is_mixed & (rewards > rewards.mean(1, keepdim=True))).flatten().nonzero()[:, 0]
+        # by more than rounding: a reward equal to the mean is not above it, in whatever order the mean was taken
+        above = ((rewards - rewards.mean(1, keepdim=True)).round(decimals=12) > 0).flatten().nonzero()[:, 0]
         step = self.draw_steps(iteration, groups).to(above.device)[rollouts.groups - groups.start]  # (b,)
         means, nfe = self.reroll(policy, rollouts, self.examples_of(iteration, rows), above, step)
         process = torch.zeros_like(rollouts.rewards)

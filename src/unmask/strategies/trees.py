@@ -187,7 +187,8 @@ class TreeSource(GroupSource):
         trees, size = len(prompts), config.rows_per_prompt
         values = [leaves.rewards.view(trees, -1)]
         for branches in config.branches[:0:-1]:
-            values.insert(0, values[0].unflatten(1, (-1, branches)).mean(-1))
+            # rounded, so that children whose means are equal but for the last bits are equal: no preference is rounding
+            values.insert(0, values[0].unflatten(1, (-1, branches)).mean(-1).round(decimals=12))
         first = torch.arange(trees)[:, None] * config.group_size + config.leaves()
         rows = take_rows(leaves, first.flatten().to(device))
         groups, window = (t.to(device) for t in config.layout(config.prompts_per_batch, self.sampler.total_steps))
