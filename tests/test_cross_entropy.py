@@ -6,8 +6,9 @@ without one they can be run by Triton's interpreter, where both packages and tri
 
 from __future__ import annotations
 
-import ctypes
+import json
 import os
+import subprocess
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +19,12 @@ import torch
 from torch import Tensor
 
 from tests.helpers import fake_rollouts, gradients, tiny_policy
+from tests.scoring_peak import CHUNK_ROWS, VOCAB
 from unmask.corruption import draw_uniform_count
 from unmask.errors import ConfigError
 from unmask.models import chunked_head, cross_entropy
 from unmask.models.cross_entropy import CROSS_ENTROPIES, check_cross_entropy, exclude_mask
 from unmask.models.outputs import summarise_hidden, summarise_logits
-from unmask.models.tiny import TinyConfig, TinyForMaskedLM
 from unmask.noise import Noise
 from unmask.scoring import score_copies
 
@@ -260,32 +261,12 @@ def test_a_liger_that_scales_all_tokens_alike_is_refused(monkeypatch):
 # ---- memory
 
 
-def resident(key: str) -> int:
-    """Bytes: VmRSS now, VmHWM the most since the last reset."""
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(f"{key}:")) * 1024
-
-
-def peak_of_scoring(num_positions: int, name: str, *, frozen_head: bool) -> int:
-    """Most resident bytes over those of the model while it scores so many positions, forward and backward."""
-    config = TinyConfig(
-        vocab_size=126_464,
-        hidden_size=16,
-        intermediate_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=600,
-    )
-    model = TinyForMaskedLM(config)
-    model.cross_entropy = name
-    model.lm_head.requires_grad_(not frozen_head)
-    canvas = torch.arange(num_positions)[None] + 8
-    ctypes.CDLL(None).malloc_trim(0)  # memory that earlier tests left free and mapped would hide growth
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # the peak is counted from here
-    before = resident("VmRSS")
-    out = model(canvas, positions=torch.ones_like(canvas, dtype=torch.bool), targets=canvas[0], want=("logp",))
-    out["logp"].sum().backward()
-    return resident("VmHWM") - before
+def measured_peaks(name: str, *numbers: int) -> list[int]:
+    """Bytes for each number of positions, in a process of its own: `scoring_peak.py` says why."""
+    command = [sys.executable, "-m", "tests.scoring_peak", name, *map(str, numbers)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=True)
+    peaks: list[int] = json.loads(done.stdout)
+    return peaks
 
 
 reads_proc = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux's /proc")
@@ -293,24 +274,21 @@ reads_proc = pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK),
 
 @reads_proc
 @pytest.mark.parametrize("name", ["chunked", "linear_cross_entropy"])
-def test_peak_memory_does_not_grow_with_positions_times_vocabulary(monkeypatch, name):
+def test_peak_memory_does_not_grow_with_positions_times_vocabulary(name):
     """LLaDA's vocabulary, pages really touched, whoever allocated them. 68 MiB of logits in all become 135.
 
-    Chunks of 70 rows, 34 MiB, are quicker than the default's 64 and still too large for a heap to keep: above 32 MiB
-    glibc gives every buffer back. The allowance of a quarter is for smaller tensors, which a run may find mapped.
+    The allowance of a quarter is for smaller tensors, which a run may find mapped.
     """
     try:
         check_cross_entropy(name)
     except ConfigError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(chunked_head, "CHUNK_NUMBERS", 70 * 126_464)
-    peaks = [peak_of_scoring(n, name, frozen_head=True) for n in (140, 280)]
+    peaks = measured_peaks(name, 140, 280)
     assert peaks[1] < 1.25 * peaks[0]
-    assert max(peaks) < 1.5 * 70 * 126_464 * 4  # one buffer of float32 logits, not two
+    assert max(peaks) < 1.5 * CHUNK_ROWS * VOCAB * 4  # one buffer of float32 logits, not two
 
 
 @reads_proc
-def test_the_meter_sees_what_keeping_the_logits_costs(monkeypatch):
+def test_the_meter_sees_what_keeping_the_logits_costs():
     """Otherwise the test above could not fail: logits, their softmax and their gradient are there at once."""
-    monkeypatch.setattr(chunked_head, "CHUNK_NUMBERS", 70 * 126_464)
-    assert peak_of_scoring(140, "plain", frozen_head=True) > 2.5 * 140 * 126_464 * 4
+    assert measured_peaks("plain", 140)[0] > 2.5 * 140 * VOCAB * 4
