@@ -34,6 +34,8 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "unmask"
 ESTIMATORS = ("advantages.py", "corruption.py", "likelihood.py")
+OWN_TESTS = {"objectives/target_weights.py": ["test_dmpo.py"]}
+"""Tests of a file that has none of its own name."""
 SHARED_TESTS = ("test_objectives.py", "test_all_objectives.py")
 PRELOADED = ("torch", "numpy", "pytest", "tokenizers", "transformers.models.llama.modeling_llama")
 SECONDS_PER_MUTANT = 120
@@ -69,6 +71,11 @@ EQUIVALENT: dict[tuple[str, str, str], str] = {
         "1.0 -> 2.0",
     ): "any number keeps the logarithm finite where no copy was read; the value is left out below",
     (
+        "objectives/d_treerpo.py",
+        "def draw(self, rollouts: Rollouts, *, noise: NoiseLike, iteration: int = 0) -> Corruption:",
+        "0 -> 1",
+    ): "the copies are fixed: there is nothing to draw, and the number is not looked at",
+    (
         "objectives/spg.py",
         "bound = torch.where(advantages > 0, lower, bad)",
         "advantages > 0 -> advantages >= 0",
@@ -87,7 +94,7 @@ NEGATED: dict[type, type] = {
 BOUNDARY: dict[type, type] = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt}
 SWAPPED: dict[type, type] = {
     ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add, ast.Pow: ast.Mult,
+    ast.BitOr: ast.BitAnd, ast.FloorDiv: ast.Mult, ast.Mod: ast.Add, ast.Pow: ast.Mult, ast.MatMult: ast.Mult,
 }  # fmt: skip
 _PAIRS = ("mean sum", "min max", "minimum maximum", "any all", "zeros_like ones_like", "new_zeros new_ones")
 RENAMED = {a: b for pair in _PAIRS for a, b in (pair.split(), reversed(pair.split()))}
@@ -277,7 +284,7 @@ def files() -> list[str]:
 
 def relevant_tests(file: str) -> list[str]:
     """Fast test files, those named after the file first."""
-    own = sorted(path.name for path in (ROOT / "tests").glob(f"test_{Path(file).stem}*.py"))
+    own = sorted(path.name for path in (ROOT / "tests").glob(f"test_{Path(file).stem}*.py")) or OWN_TESTS.get(file, [])
     rest = [name for name in SHARED_TESTS if name not in own]
     if file in ESTIMATORS:
         rest = [*(f"test_{Path(name).stem}.py" for name in ESTIMATORS if name != file), *rest]

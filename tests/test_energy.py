@@ -112,6 +112,9 @@ def test_what_has_no_energy_is_refused_in_one_line(runs, tmp_path, capsys):
         assert message in error and error.count("\n") == 1
     assert main(["energy", str(runs / "copy"), "--num-rollouts", "0"]) == 2
     assert "must be at least 1" in capsys.readouterr().err
+    pytest.importorskip("matplotlib")
+    assert main(["energy", str(tmp_path / "nothing"), "--figure", str(tmp_path / "energy.docx")]) == 2
+    assert "energy.docx: no image format ends like this" in capsys.readouterr().err  # before the run is opened
     (runs / "copy" / "energy" / "energy.json").write_text("{}")
     assert main(["energy", str(runs / "copy")]) == 2
     assert "energy.json: says {}" in capsys.readouterr().err

@@ -24,6 +24,7 @@ ROWS = (
     ("trainer",),
     ("strategies",),
     ("evaluation", "report", "doctor", "detectors", "preferences"),
+    ("figures",),
     ("rollout", "runs", "checkpoint", "demonstrations", "critic"),
     ("objectives", "scoring", "samplers", "sharding", "buffer"),
     ("corruption", "corruption_steps", "likelihood", "advantages", "models", "tasks"),

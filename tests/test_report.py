@@ -28,11 +28,11 @@ def test_a_figure_is_drawn(run_directory, tmp_path, capsys):
     assert "not finished; 2 batches" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("figure", ["c.xyz", "c.jpeg.zip"])
+@pytest.mark.parametrize("figure", ["c.xyz", "c.jpeg.zip", "c"])
 def test_an_unknown_image_format_is_refused_and_leaves_nothing(run_directory, tmp_path, figure, capsys):
     pytest.importorskip("matplotlib")
     assert main(["report", str(run_directory), "--figure", str(tmp_path / figure)]) == 2
-    assert "cannot be drawn" in capsys.readouterr().err
+    assert "Use an ending such as .png" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["mine"]
 
 

@@ -66,6 +66,15 @@ def group_softmax(
     return scale / _group_sum(scale, member, len(count))[member]
 
 
+def group_sums(
+    values: Tensor,  # (B,)
+    groups: Tensor,  # (B,)
+) -> Tensor:  # (B,)
+    """Each row's sum over its group."""
+    _, member, count = groups.unique(return_inverse=True, return_counts=True)
+    return _group_sum(values, member, len(count))[member]
+
+
 def scale_negative(advantages: Tensor, factor: float) -> Tensor:
     """Negative advantages multiplied by `factor`, the others unchanged; 1 changes nothing."""
     return torch.where(advantages < 0, advantages * factor, advantages)

@@ -314,6 +314,18 @@ def draw_blocks(
     return Corruption(torch.cat([hidden_prompt, hidden], dim=2), scored, weight, "block")
 
 
+def join_halves(first: Corruption, second: Corruption) -> Corruption:
+    """The copies of two draws of one kind side by side, each with half of its weight: the mean of their estimates.
+
+    Two independent draws can be told apart again by halving the K axis; stratification and complements stay within
+    each.
+    """
+    masked, scored, weight = (
+        torch.cat([getattr(first, name), getattr(second, name)], dim=1) for name in ("masked", "scored", "weight")
+    )
+    return Corruption(masked, scored, weight / 2, first.kind)
+
+
 def _check_num_masks(num_masks: int) -> None:
     if num_masks < 1:
         raise ConfigError(f"num_masks = {num_masks}: a likelihood is read from masked copies, so at least 1 is needed.")

@@ -16,12 +16,12 @@ from unmask.build import Recipe, train_recipe
 from unmask.config import read_recipe
 from unmask.critic import Critic, make_value_model
 from unmask.errors import ConfigError, DataError
+from unmask.figures import load_pyplot, save_figure
 from unmask.models import MaskedPolicy
 from unmask.noise import Noise
 from unmask.objectives import ALGORITHMS
-from unmask.optional import optional
 from unmask.rollout import roll_out
-from unmask.runs import read_rows, replace_file
+from unmask.runs import read_rows
 from unmask.types import Needs, Rollouts
 
 NUM_BINS = 20
@@ -208,8 +208,7 @@ def pearson(x: Tensor, y: Tensor) -> float | None:
 
 def draw_figure(summary: dict[str, Any], title: str, file: Path) -> None:
     """Histogram of energies by verdict, and accuracy by quartile of energy, as an image (by the file's ending)."""
-    pyplot = optional("matplotlib.pyplot", "plot")
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 4), constrained_layout=True)
+    figure, (left, right) = load_pyplot().subplots(1, 2, figsize=(10, 4), constrained_layout=True)
     edges = summary["histogram"]["edges"]
     for name, color in (("wrong", "tab:gray"), ("correct", "tab:orange")):
         left.stairs(summary["histogram"][name], edges, fill=True, alpha=0.55, color=color, label=name)
@@ -221,12 +220,7 @@ def draw_figure(summary: dict[str, Any], title: str, file: Path) -> None:
     right.set_ylim(0, 1)
     right.set_title("accuracy by energy", fontsize=10)
     figure.suptitle(title, fontsize=10)
-    try:
-        replace_file(file, lambda path: figure.savefig(path, dpi=110, format=file.suffix.lstrip(".") or "png"))
-    except ValueError as error:
-        raise DataError(f"{file}: cannot be drawn ({error}). Use an ending such as .png, .svg or .pdf.") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, file)
 
 
 def _bars(quartiles: Sequence[dict[str, Any]]) -> tuple[list[str], list[float]]:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import DataError
-from unmask.optional import optional
-from unmask.runs import read_rows, replace_file
+from unmask.figures import load_pyplot, save_figure
+from unmask.runs import read_rows
 
 PANELS = {
     "reward of rollouts": "reward",
@@ -35,9 +35,8 @@ def load_run(path: Path) -> dict[str, Any]:
 
 def draw_curves(runs: Sequence[Path], file: Path) -> None:
     """Held-out accuracy and the main metrics over updates, one line per run, as an image (by the file's ending)."""
-    pyplot = optional("matplotlib.pyplot", "plot")
     loaded = [load_run(run) for run in runs]
-    figure, axes = pyplot.subplots(2, 2, figsize=(10, 6.5), constrained_layout=True)
+    figure, axes = load_pyplot().subplots(2, 2, figsize=(10, 6.5), constrained_layout=True)
     accuracy, *others = axes.flat
     for run in loaded:
         rows = run["evaluations"]
@@ -54,10 +53,4 @@ def draw_curves(runs: Sequence[Path], file: Path) -> None:
         axis.set_xlabel("update")
         axis.grid(alpha=0.25)
     accuracy.legend(fontsize=8)
-    kind = file.suffix.lstrip(".") or "png"
-    try:
-        replace_file(file, lambda temporary: figure.savefig(temporary, dpi=110, format=kind))
-    except ValueError as error:
-        raise DataError(f"{file}: cannot be drawn ({error}). Use an ending such as .png, .svg or .pdf.") from error
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, file)

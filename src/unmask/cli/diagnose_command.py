@@ -27,7 +27,7 @@ from unmask.config import apply_overrides
 from unmask.diagnosis import DiagnosisSettings, diagnose
 from unmask.diagnosis.output import draw_figure, headline, markdown, tables
 from unmask.errors import ConfigError
-from unmask.optional import optional
+from unmask.figures import load_pyplot
 from unmask.runs import RunDirectory, plain, replace_directory, write_atomic
 
 
@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     )
     with_figure = bool(args.output) and not args.no_figure
     if with_figure:
-        optional("matplotlib.pyplot", "plot")  # refused now rather than after the work
+        load_pyplot()  # refused now rather than after the work
     if args.output:
         RunDirectory(args.output).check_new()
     with open_view(args.quiet) as view:

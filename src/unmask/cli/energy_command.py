@@ -19,7 +19,7 @@ from rich.table import Table
 from unmask.cli.eval_command import check_output
 from unmask.energy import draw_figure, measure_energies, number, summarise
 from unmask.errors import ConfigError
-from unmask.optional import optional
+from unmask.figures import check_figure
 from unmask.runs import plain, write_atomic
 
 
@@ -40,8 +40,8 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         check_output(Path(args.output))
     if args.figure:
-        optional("matplotlib.pyplot", "plot")  # refused now rather than after the work
-        check_output(Path(args.figure))
+        check_figure(Path(args.figure))
+        check_output(Path(args.figure), "--figure")
     path = Path(args.run)
     scored = measure_energies(path, num_rollouts=args.num_rollouts, split=args.split, micro_batch_size=args.batch_size)
     source = f"new rollouts on {args.split}" if args.split else "the newest rollouts of its log"

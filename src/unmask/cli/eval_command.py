@@ -81,13 +81,13 @@ def run(args: argparse.Namespace) -> None:
         print(f"rows written to {args.output}")
 
 
-def check_output(file: Path) -> None:
-    """Raises: ConfigError, before the work, if the rows could not be written there."""
+def check_output(file: Path, option: str = "--output") -> None:
+    """Raises: ConfigError, before the work, if the file of this option could not be written."""
     parent = file.absolute().parent
     if not parent.is_dir():
-        raise ConfigError(f"--output {file}: its directory does not exist. Create it first.")
+        raise ConfigError(f"{option} {file}: its directory does not exist. Create it first.")
     if file.is_dir() or not os.access(parent, os.W_OK):
-        raise ConfigError(f"--output {file}: is a directory or stands in one that is not writable. Name another file.")
+        raise ConfigError(f"{option} {file}: is a directory or stands in one that is not writable. Name another file.")
 
 
 def lengths(text: str | None) -> list[int | None]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from unmask.cli.eval_command import check_output
 from unmask.cli.view import print_rows
+from unmask.figures import check_figure
 from unmask.report import draw_curves, load_run
 
 
@@ -19,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    if args.figure:
+        check_figure(Path(args.figure))
+        check_output(Path(args.figure), "--figure")
     runs = [load_run(Path(path)) for path in args.runs]
     rows = [
         (f"{r['name']} {name}", row) for r in runs for name in ("base", "final") for row in r["summary"].get(name, [])

@@ -9,8 +9,7 @@ from typing import Any
 from unmask.comparison.measures import curves
 from unmask.comparison.planning import Comparison
 from unmask.comparison.statistics import Interval, mean_interval
-from unmask.optional import optional
-from unmask.runs import replace_file
+from unmask.figures import load_pyplot, save_figure
 
 PANELS = {"accuracy": "held-out accuracy", "reward": "reward of rollouts"}
 
@@ -28,7 +27,7 @@ def draw(comparison: Comparison, file: Path) -> None:
 
     Raises: ConfigError if matplotlib is not installed.
     """
-    pyplot = optional("matplotlib.pyplot", "plot")
+    pyplot = load_pyplot()
     drawn = {
         arm.label: [curves(r) for r in comparison.runs if r.arm is arm and r.is_finished] for arm in comparison.arms
     }
@@ -49,10 +48,7 @@ def draw(comparison: Comparison, file: Path) -> None:
     if handles:
         columns = min(6, len(handles))
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=columns, fontsize=8)
-    try:
-        replace_file(file, lambda temporary: figure.savefig(temporary, dpi=130, format=file.suffix.lstrip(".")))
-    finally:
-        pyplot.close(figure)
+    save_figure(figure, file, dpi=130)
 
 
 def draw_arm(axis: Any, label: str, points: Sequence[tuple[int, Interval]], colour: Any, style: str) -> None:

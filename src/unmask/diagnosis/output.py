@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unmask.optional import optional
+from unmask.figures import load_pyplot, save_figure
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, column names and rows of text; the first column names the row."""
@@ -155,18 +155,14 @@ def markdown(found: dict[str, Any]) -> str:
 
 def draw_figure(found: dict[str, Any], file: Path) -> None:
     """Four panels: bias with spread, spread of the difference (or spread), gap by length, gap by reward."""
-    pyplot = optional("matplotlib.pyplot", "plot")
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), constrained_layout=True)
-    try:
-        _draw_biases(axes[0, 0], found)
-        _draw_spreads(axes[0, 1], found)
-        _draw_by_length(axes[1, 0], found)
-        _draw_by_reward(axes[1, 1], found)
-        for axis in axes.flat:
-            axis.grid(alpha=0.25)
-        figure.savefig(file, dpi=110, format=file.suffix.lstrip(".") or "png")
-    finally:
-        pyplot.close(figure)
+    figure, axes = load_pyplot().subplots(2, 2, figsize=(12, 9), constrained_layout=True)
+    _draw_biases(axes[0, 0], found)
+    _draw_spreads(axes[0, 1], found)
+    _draw_by_length(axes[1, 0], found)
+    _draw_by_reward(axes[1, 1], found)
+    for axis in axes.flat:
+        axis.grid(alpha=0.25)
+    save_figure(figure, file)
 
 
 def _draw_biases(axis: Any, found: dict[str, Any]) -> None:

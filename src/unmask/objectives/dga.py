@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unmask.advantages import group_softmax, z_score
+from unmask.advantages import group_softmax, group_sums, z_score
 from unmask.corruption import COUNT_POSITIONS, draw_uniform_count, sequence_length
 from unmask.likelihood import elbo
 from unmask.objectives.policy_gradient import check_num_masks, require, require_choice
@@ -193,7 +193,7 @@ class DGA:
         else:
             scale = torch.full_like(quality, 1 / self.alpha)
         weight = group_softmax(scale * quality, x.groups).minimum(self.weight_clip / group_size(x.groups).double())
-        return weight / _group_sums(weight, x.groups), 1 / scale
+        return weight / group_sums(weight, x.groups), 1 / scale
 
     def loss(self, x: LossInputs) -> LossOutput:
         """The equation of the class."""
@@ -230,12 +230,6 @@ class DGA:
 def _pairs(rewards: Tensor, groups: Tensor) -> Tensor:
     """(B, B) bool, True where i and j are of one group and R_i > R_j."""
     return (groups[:, None] == groups[None, :]) & (rewards[:, None] > rewards[None, :])
-
-
-def _group_sums(values: Tensor, groups: Tensor) -> Tensor:
-    """(B,) sum of each row's group."""
-    _, member, count = groups.unique(return_inverse=True, return_counts=True)
-    return values.new_zeros(len(count)).index_add(0, member, values)[member]
 
 
 def _draw_rows(

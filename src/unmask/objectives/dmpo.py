@@ -23,8 +23,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from unmask.advantages import group_centered, group_softmax
+from unmask.corruption import join_halves
 from unmask.likelihood import elbo
-from unmask.objectives.policy_gradient import old_scores, require, require_choice
+from unmask.objectives.policy_gradient import chosen_mean, old_scores, require, require_choice
 from unmask.objectives.target_weights import (
     LIKELIHOODS,
     WEIGHTS,
@@ -165,8 +166,8 @@ class DmpoWDCE:
         metrics = weight_metrics(self, weight, coef, log_rnd, x.groups) | {
             "policy_loss": float(loss.detach()),
             "weight_max": float(signed.abs().max()),
-            "elbo_good": _mean(bound.detach(), signed > 0),
-            "elbo_bad": _mean(bound.detach(), signed < 0),
+            "elbo_good": chosen_mean(bound, signed > 0),
+            "elbo_bad": chosen_mean(bound, signed < 0),
         }
         return LossOutput(loss, metrics)
 
@@ -265,11 +266,8 @@ class DmpoWDDO:
         noise = noise.stream(str(iteration))
         if not self.use_independent_halves:
             return draw_replicates(self, rollouts, self.num_masks, noise)
-        halves = [draw_replicates(self, rollouts, self.num_masks // 2, noise.stream(name)) for name in ("up", "down")]
-        masked, scored, weight = (
-            torch.cat([getattr(half, name) for half in halves], dim=1) for name in ("masked", "scored", "weight")
-        )
-        return Corruption(masked, scored, weight / 2, "elbo")
+        half = self.num_masks // 2
+        return join_halves(*(draw_replicates(self, rollouts, half, noise.stream(name)) for name in ("up", "down")))
 
     def draw_evidence(self, rollouts: Rollouts, noise: NoiseLike) -> Corruption:
         """What ℓ is read from; see `draw_evidence`."""
@@ -330,8 +328,3 @@ def signed_weights(
     else:
         base = torch.zeros_like(weight) if a.baseline == "none" else even
     return weight - a.baseline_scale * base, weight, coef
-
-
-def _mean(values: Tensor, chosen: Tensor) -> float:
-    """Mean of the chosen values; 0 if there is none."""
-    return float((values * chosen).sum() / chosen.sum().clamp(min=1))

@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 from unmask.advantages import group_centered
+from unmask.corruption import join_halves
 from unmask.objectives.pairs import (
     check_estimate,
     copy_log_ratios,
@@ -216,11 +216,7 @@ def _draw(algorithm: Any, rollouts: Rollouts, noise: NoiseLike) -> Corruption:
     if not algorithm.cross_fit:
         return draw_elbo(rollouts, algorithm, noise=noise)
     part = replace(algorithm, num_masks=algorithm.num_masks // 2, cross_fit=False)
-    first, second = (draw_elbo(rollouts, part, noise=noise.stream(name)) for name in ("first_half", "second_half"))
-    masked, scored, weight = (
-        torch.cat([getattr(first, name), getattr(second, name)], dim=1) for name in ("masked", "scored", "weight")
-    )
-    return Corruption(masked, scored, weight / 2, first.kind)
+    return join_halves(*(draw_elbo(rollouts, part, noise=noise.stream(name)) for name in ("first_half", "second_half")))
 
 
 def _energies(algorithm: Any, x: LossInputs) -> Tensor:

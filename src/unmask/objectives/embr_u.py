@@ -16,10 +16,9 @@ from unmask.objectives.pairs import (
     draw_elbo,
     mean_over_groups,
     ordered_pairs,
-    ref_scores,
     root_mean_square,
 )
-from unmask.objectives.policy_gradient import require, require_choice
+from unmask.objectives.policy_gradient import ref_scores, require, require_choice
 from unmask.types import Corruption, LossInputs, LossOutput, Needs, NoiseLike, Rollouts
 
 SURROGATES = ("square", "huber", "softplus", "hinge")

@@ -8,18 +8,8 @@ import torch
 from torch import Tensor
 
 from unmask.corruption import COUNT_POSITIONS, draw_uniform_count
-from unmask.objectives.policy_gradient import check_num_masks, require, require_choice
+from unmask.objectives.policy_gradient import check_num_masks, ref_scores, require, require_choice
 from unmask.types import Corruption, LossInputs, NoiseLike, Rollouts
-
-
-def ref_scores(x: LossInputs, name: str) -> tuple[Tensor, Corruption]:
-    """Reference's log-probabilities with the draws they were read from.
-
-    Raises: ValueError if there are none.
-    """
-    if x.ref_logps is None:
-        raise ValueError(f"{name}.loss() got no ref_logps, from which it measures the policy; score the reference.")
-    return x.ref_logps, x.corruption if x.ref_corruption is None else x.ref_corruption
 
 
 def copy_log_ratios(x: LossInputs, name: str) -> Tensor:

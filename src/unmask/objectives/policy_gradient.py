@@ -111,8 +111,16 @@ def ref_scores(x: LossInputs, name: str) -> tuple[Tensor, Corruption]:
     Raises: ValueError if there are none.
     """
     if x.ref_logps is None:
-        raise ValueError(f"{name}.loss() got no ref_logps, which its KL needs; score the reference or set kl_coef = 0.")
+        raise ValueError(f"{name}.loss() got no ref_logps, which it reads the policy against; score the reference.")
     return x.ref_logps, x.corruption if x.ref_corruption is None else x.ref_corruption
+
+
+def chosen_mean(
+    values: Tensor,  # (B,)
+    chosen: Tensor,  # (B,) bool
+) -> float:
+    """Mean of the chosen values, for the log; 0 if there is none."""
+    return float((values.detach() * chosen).sum() / chosen.sum().clamp(min=1))
 
 
 def token_level_loss(

@@ -10,7 +10,13 @@ from torch import Tensor
 from unmask.advantages import ADVANTAGES, group_softmax
 from unmask.corruption import draw_full_mask
 from unmask.likelihood import sequence_estimate
-from unmask.objectives.policy_gradient import check_num_masks, check_prompt_mask_ratio, check_reading, require
+from unmask.objectives.policy_gradient import (
+    check_num_masks,
+    check_prompt_mask_ratio,
+    check_reading,
+    chosen_mean,
+    require,
+)
 from unmask.types import Corruption, LossInputs, LossOutput, Needs, NoiseLike, Rollouts
 
 
@@ -105,12 +111,7 @@ class WD1:
         metrics = {
             "policy_loss": float(loss.detach()),
             "weight_max": float(weight.abs().max()),
-            "mean_field_logp_good": _mean(logps.detach(), weight > 0),
-            "mean_field_logp_bad": _mean(logps.detach(), weight < 0),
+            "mean_field_logp_good": chosen_mean(logps, weight > 0),
+            "mean_field_logp_bad": chosen_mean(logps, weight < 0),
         }
         return LossOutput(loss, metrics)
-
-
-def _mean(values: Tensor, chosen: Tensor) -> float:
-    """Mean of the chosen values; 0 if there is none."""
-    return float((values * chosen).sum() / chosen.sum().clamp(min=1))
