@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +14,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.helpers import fake_rollouts, tiny_policy
+from unmask.comparison.arms import read_arms
 from unmask.models import chunked_head
 from unmask.models.cross_entropy import CROSS_ENTROPIES
+from unmask.objectives import ALGORITHMS
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 SIZES = {
@@ -45,7 +50,7 @@ REPORTS = {
 def benchmark(monkeypatch):
     """Imports a benchmark as its own directory sees it; puts back the number of threads that it sets."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("common", "full_size", "sampler", "scoring", "cross_entropy"):
+    for name in ("common", "full_size", "sampler", "scoring", "cross_entropy", "claims", "preference_variance"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     threads = torch.get_num_threads()
     yield importlib.import_module
@@ -215,3 +220,84 @@ def test_extrapolation_is_by_the_steps_measured(benchmark):
     watch = common.Stopwatch(CPU)
     assert watch.time(lambda: 7) == 7 and watch.laps == 1 and watch.total.wall > 0
     assert common.Seconds(2.0, 1.0) * 3 + common.Seconds(1.0, 1.0) == common.Seconds(7.0, 4.0)
+
+
+# ---- claims
+
+
+def table_of(script, columns, **settings):
+    """A comparison's table with accuracies by seed."""
+    accuracy = {label: {"accuracy@16": dict(enumerate(values))} for label, values in columns.items()}
+    return script.Table(accuracy, budget=64, accuracy="accuracy@16", **settings)
+
+
+def test_a_claim_is_judged_by_the_paired_interval(benchmark):
+    script = benchmark("claims")
+    better = script.Claim("a beats b", "somewhere", "a", "b")
+    no_better = script.Claim("a is no better than b", "somewhere", "a", "b", is_better=False)
+    cases = {  # differences over three seeds -> verdicts
+        (0.10, 0.11, 0.12): ("reproduced", "not reproduced"),
+        (-0.10, -0.11, -0.12): ("not reproduced", "reproduced"),
+        (-0.10, 0.00, 0.13): ("inconclusive", "inconclusive"),
+        (0.0, 0.001, -0.001): ("inconclusive", "reproduced"),
+    }
+    for differences, verdicts in cases.items():
+        base = (0.2, 0.5, 0.3)  # far more spread than the differences: only pairs can tell
+        found = table_of(
+            script, {"a:optimizer.lr=0.1": [b + d for b, d in zip(base, differences, strict=True)], "b": base}
+        )
+        difference = found.difference(better, "accuracy@16")
+        assert (better.verdict(difference), no_better.verdict(difference)) == verdicts
+    assert (
+        better.verdict(table_of(script, {"a": [0.5], "b": [0.1]}).difference(better, "accuracy@16")) == "inconclusive"
+    )
+    assert better.verdict(None) == "inconclusive"
+
+
+def test_every_arm_of_the_claims_can_be_built(benchmark, capsys):
+    """The commands are those of `unmask compare`, which refuses an arm that no recipe could hold."""
+    script = benchmark("claims")
+    assert set(script.RATES) == {name for name, kind in ALGORITHMS.items() if kind.strategies[0] != "pairs"}
+    for words in (["search"], ["compare"], ["claims"], ["claims", "--task", "sudoku_twice"]):
+        assert script.main([*words, "--output", "unused", "--dry-run"]) == 0
+        command = capsys.readouterr().out.split()
+        assert command[1:4] == ["-m", "unmask", "compare"]
+        options = dict(itertools.pairwise(command))
+        overrides = [word for word in command[5:] if "=" in word and not word.startswith("--") and ":" not in word]
+        arms = read_arms(command[4], overrides, options["--arms"], int(options["--budget"]))
+        assert len(arms) >= 10 and all(arm.rollouts == int(options["--budget"]) for arm in arms)
+
+
+def test_the_claims_are_read_from_a_table_on_disk(benchmark, tmp_path, capsys):
+    script = benchmark("claims")
+    runs = {arm: {"0": {"values": {"accuracy@16": 0.5 + rise}}, "1": {"values": {"accuracy@16": 0.6 + 1.1 * rise}}}
+            for arm, rise in (("embr_u:optimizer.lr=1", 0.2), ("embr_c:optimizer.lr=3", 0.0))}  # fmt: skip
+    tree = {"budget": 4096, "accuracies": ["accuracy@16"], "arms": [{"label": a, "runs": r} for a, r in runs.items()]}
+    (tmp_path / "table.json").write_text(json.dumps(tree))
+    assert script.main(["judge", str(tmp_path)]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert len(rows) == 1 and "| +21.0 (+8.3 to +33.7) | - | - | 4,096 × 2 | reproduced |" in rows[0]
+    search = {"a:optimizer.lr=3e-3": [0.5], "a:optimizer.lr=1e-3": [0.5], "a:optimizer.lr=3e-4:head_lr=0.1": [0.25]}
+    more = {"b:optimizer.lr=1e-4": [0.75]}
+    rows = script.rates([table_of(script, search), table_of(script, more)]).splitlines()
+    assert rows[0] == "| algorithm | 1e-04 | 3e-04 | 1e-03 | 3e-03 |"
+    assert rows[2:] == ["| `a` | - | 25.0 | **50.0** | 50.0 |", "| `b` | **75.0** | - | - | - |"]
+
+
+def test_preference_noise_falls_with_shared_masks_and_with_more_of_them(benchmark):
+    """The names of the rows are what they do, and without noise there is none to measure."""
+    script = benchmark("preference_variance")
+    policy, reference = tiny_policy(), tiny_policy()
+    with torch.no_grad():
+        for weight in policy.module.parameters():  # a policy not far from its reference
+            weight.mul_(1.05)
+    rollouts = fake_rollouts(num_groups=2, group_size=2)
+    own, many_own, shared, many_shared, _ = (
+        script.measure(algorithm, policy, reference, rollouts, num_draws=20) for algorithm in script.VARIANTS.values()
+    )
+    assert own.score_deviation > 3 * shared.score_deviation > 3 * many_shared.score_deviation
+    assert min(own.gradient_noise, shared.gradient_noise) > many_shared.gradient_noise > 0
+    assert many_own.score_deviation < own.score_deviation
+    same = script.measure(script.PLAIN, policy, policy, rollouts, num_draws=2)
+    exact = script.VARIANTS["1 mask, shared"]
+    assert script.measure(exact, policy, policy, rollouts, num_draws=2).score_deviation == 0 < same.score_deviation

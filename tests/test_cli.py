@@ -314,6 +314,7 @@ def test_sample_in_a_chat(capsys):
         ("tasks", ["sudoku"]),
         ("samplers", ["roar", "low_confidence", "random_remasking"]),
         ("models", ["unmask_tiny"]),
+        ("strategies", ["groups", "tree", "steps", "pairs"]),
     ],
 )
 def test_list_names_what_is_registered(what, wanted, capsys):

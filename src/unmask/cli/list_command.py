@@ -13,6 +13,7 @@ from unmask.config import describe
 from unmask.models import MODELS
 from unmask.objectives import ALGORITHMS
 from unmask.samplers import SAMPLERS
+from unmask.strategies import STRATEGIES
 from unmask.tasks import TASKS
 
 REGISTRIES: dict[str, Mapping[str, Any]] = {
@@ -20,6 +21,7 @@ REGISTRIES: dict[str, Mapping[str, Any]] = {
     "tasks": TASKS,
     "samplers": SAMPLERS,
     "models": MODELS,
+    "strategies": STRATEGIES,
 }
 
 

@@ -183,11 +183,13 @@ def print_rows(rows: Sequence[tuple[str, Mapping[str, Any]]], title: str) -> Non
     """Evaluation rows as a table."""
     wide = Console() if sys.stdout.isatty() else Console(width=160)
     table = Table(title=Text(title))
-    for column in ("model", "data", "examples", "steps", "accuracy %", "95 % interval", "match %", "cells %", "nfe"):
+    shares = list(dict.fromkeys(key for _, row in rows for key in row if key.endswith("_accuracy")))  # what tasks add
+    names = [f"{key.removesuffix('_accuracy')} %" for key in shares]
+    for column in ("model", "data", "examples", "steps", "accuracy %", "95 % interval", *names, "nfe"):
         table.add_column(column, justify="left" if column in ("model", "data") else "right")
     for name, row in rows:
         low, high = row["ci95"]
-        extra = [f"{100 * row[k]:.1f}" if k in row else "-" for k in ("match_accuracy", "cell_accuracy")]
+        extra = [f"{100 * row[key]:.1f}" if key in row else "-" for key in shares]
         table.add_row(
             Text(name),
             Text(str(row["data"]).rsplit("/", 1)[-1]),
