@@ -33,18 +33,18 @@ GRID = "3e-4,1e-3,3e-3"
 RATES = {
     "espo": "1e-3",
     "diffu_grpo": "1e-3",
-    "dga": "1e-3",
+    "dga": "3e-4",
     "embr_e": "1e-3",
     "embr_c": "1e-3",
     "embr_u": "1e-3",
-    "dmpo_wdce": "1e-3",
+    "dmpo_wdce": "3e-4",
     "dmpo_wddo": "1e-3",
-    "wd1": "1e-3",
+    "wd1": "3e-4",
     "unigrpo": "1e-3",
     "coupled_grpo": "1e-3",
     "sapo": "1e-3",
     "d_treerpo": "1e-3",
-    "spg": "1e-3",
+    "spg": "3e-4",
     "gdpo": "1e-3",
 }
 """Learning rate of every online algorithm: the best of the search, on validation puzzles."""
