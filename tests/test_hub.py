@@ -12,7 +12,7 @@ import unmask
 from tests.checkpoints import write_checkpoint
 from unmask.build import train_recipe
 from unmask.errors import ModelError
-from unmask.models.files import is_hub_id
+from unmask.places import is_hub_id
 
 
 @pytest.fixture

@@ -15,10 +15,9 @@ from unmask.config import choose, parse, read_recipe, to_table
 from unmask.errors import ConfigError
 from unmask.models import LoraConfig, TinyModelConfig
 from unmask.models.cross_entropy import check_cross_entropy
-from unmask.models.files import is_hub_id
 from unmask.objectives import ALGORITHMS
 from unmask.objectives.sft import SFT
-from unmask.places import cache_directory
+from unmask.places import cache_directory, is_hub_id
 from unmask.rollout import RolloutConfig
 from unmask.samplers import SAMPLERS
 from unmask.schedule import OptimizerConfig, TrainerConfig
@@ -180,6 +179,9 @@ class Recipe:
         return out
 
 
+TASK_FILES = ("data", "train_data", "exclude", "rewards")
+"""Keys of [task] that may name a file beside the recipe."""
+
 SECTIONS = {
     "train": (
         "seed",
@@ -209,7 +211,7 @@ def any_recipe(tree: Mapping[str, Any], directory: Path) -> Recipe:
 def train_recipe(tree: Mapping[str, Any], directory: Path) -> Recipe:
     """A checked recipe of `unmask train`; paths are resolved against `directory`. Raises: ConfigError."""
     tables = _sections(tree, "train")
-    task = _task(tables)
+    task = _task(tables, directory)
     data = parse(OfflineConfig, tables["data"], "data") if "data" in tables else None
     trainer = parse(TrainerConfig, tables.get("trainer", {}), "trainer")
     is_online = data is None or data.num_batches > 0
@@ -322,7 +324,7 @@ def _length(sampler: Mapping[str, Any] | None) -> int | None:
 def sft_recipe(tree: Mapping[str, Any], directory: Path) -> Recipe:
     """A checked recipe of `unmask sft`. Raises: ConfigError."""
     tables = _sections(tree, "sft")
-    task = _task(tables)
+    task = _task(tables, directory)
     data = parse(DataConfig, tables.get("data", {}), "data")
     length = data.gen_length or (task.value.gen_length if task else None)
     if not task and not data.file:
@@ -391,8 +393,25 @@ def _seed(tree: Mapping[str, Any]) -> int:
     return seed
 
 
-def _task(tables: Mapping[str, Any]) -> Named | None:
-    return make_task(tables["task"]) if "task" in tables else None
+def _task(tables: Mapping[str, Any], directory: Path) -> Named | None:
+    if "task" not in tables:
+        return None
+    files = {key: _beside(tables["task"][key], directory) for key in TASK_FILES if key in tables["task"]}
+    return make_task({**tables["task"], **files})
+
+
+def _beside(value: Any, directory: Path) -> Any:
+    """A file that a task names: as given if it exists from here, else beside the recipe if it is there.
+
+    What follows a colon is no part of the file: a function in it, or the configuration of a hub data set.
+    """
+    if isinstance(value, list | tuple):
+        return [_beside(part, directory) for part in value]
+    if not isinstance(value, str):
+        return value
+    file, colon, rest = value.partition(":")
+    is_beside = not os.path.exists(file) and (directory / file).is_file()
+    return f"{(directory / file).absolute()}{colon}{rest}" if is_beside else value
 
 
 def _model(tables: Mapping[str, Any], directory: Path) -> ModelConfig:

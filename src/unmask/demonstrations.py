@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import DataError
+from unmask.rows import read_text
 from unmask.types import Example
 
 
@@ -26,18 +27,6 @@ def read_demonstrations(path: str | Path) -> list[tuple[Example, str]]:
     if not rows:
         raise DataError(f"{file}: holds no rows. Give one JSON object per line with prompt and completion.")
     return rows
-
-
-def read_text(file: Path) -> str:
-    """The content of a data file. Raises: DataError if it cannot be read or is not UTF-8."""
-    try:
-        return file.read_bytes().decode("utf-8-sig")
-    except OSError as error:
-        raise DataError(f"{file}: cannot be read ({error.strerror}). Check data.file.") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{file}: is not UTF-8 text. Convert the file to UTF-8.") from error
-    except ValueError as error:  # a zero byte in the name
-        raise DataError(f"data.file = {str(file)!r}: cannot be read ({error}). Name a file.") from error
 
 
 def _row(line: str, number: int, file: Path) -> tuple[Example, str]:

@@ -11,7 +11,6 @@ A row has a prompt, `chosen` and `rejected`, in one of three forms, and may have
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,16 +18,12 @@ from typing import Any
 
 import torch
 
-from unmask.demonstrations import messages, read_text
+from unmask.demonstrations import messages
 from unmask.errors import ConfigError, DataError
-from unmask.models.files import is_hub_id
-from unmask.optional import optional
+from unmask.rows import read_rows
 from unmask.types import Example, NoiseLike
 
 Turns = list[dict[str, str]]
-
-FORMATS = {".parquet": "parquet", ".csv": "csv", ".arrow": "arrow"}
-"""Files that are read through the package datasets, and their names there."""
 
 ROLES = {"system": "system", "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 """Speakers of a conversation, and how a chat template calls them."""
@@ -62,51 +57,6 @@ def read_preferences(source: str, split: str = "train") -> list[Preference]:
     if not pairs:
         raise DataError(f"{source}: holds no rows. Give one JSON object per line with prompt, chosen and rejected.")
     return pairs
-
-
-def read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """(place, row) of everything in the file."""
-    file = Path(source)
-    is_remote = is_hub_id(source) and not file.exists() and file.suffix not in (".json", ".jsonl")
-    if file.suffix in FORMATS or file.is_dir() or is_remote:
-        yield from _rows_of_datasets(source, split)
-        return
-    text = read_text(file)
-    if text.lstrip().startswith("["):
-        for number, row in enumerate(_parsed(text, str(file)), start=1):
-            yield f"{file} row {number}", row
-        return
-    for number, line in enumerate(text.split("\n"), start=1):  # splitlines would also cut at breaks inside a string
-        if line.strip():
-            yield f"{file} line {number}", _parsed(line, f"{file} line {number}")
-
-
-def _parsed(text: str, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: is not JSON. Give one JSON object per line, or one array of objects.") from error
-
-
-def _rows_of_datasets(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """Rows of a Parquet, CSV or Arrow file, a directory that datasets has saved, or a data set of the hub."""
-    file = Path(source)
-    datasets = optional("datasets", "data")
-    try:
-        if file.is_dir():
-            loaded = datasets.load_from_disk(str(file))
-            rows = loaded[split] if isinstance(loaded, Mapping) else loaded
-        elif file.suffix in FORMATS:
-            rows = datasets.load_dataset(FORMATS[file.suffix], data_files=str(file), split="train")
-        else:
-            rows = datasets.load_dataset(source, split=split)
-    except Exception as error:  # of many kinds, from a missing file to a refused connection
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(
-            f"data.file = {source!r}: cannot be read by datasets ({reason}). Name a file or a hub id."
-        ) from error
-    for number, row in enumerate(rows, start=1):
-        yield f"{source} row {number}", row
 
 
 def preference(row: Any, number: int, where: str) -> Preference:

@@ -16,6 +16,7 @@ from unmask.ranks import failing_together
 from unmask.samplers.canvas import Start
 from unmask.sharding import in_step
 from unmask.types import (
+    BatchTask,
     Example,
     NoiseLike,
     Policy,
@@ -116,9 +117,20 @@ class RolloutConfig:
         return GroupSource(task, sampler, self, noise)
 
 
-def judge(task: Task, examples: Sequence[Example], completions: Sequence[str]) -> list[Score]:
-    """One score per completion. Raises: RewardError naming the prompt if a reward is not a finite number."""
-    scores = [task.score(example, text) for example, text in zip(examples, completions, strict=True)]
+def judge(
+    task: Task,
+    examples: Sequence[Example],
+    completions: Sequence[str],
+    token_ids: Sequence[Sequence[int]] | None = None,
+) -> list[Score]:
+    """One score per completion; of a task that judges batches, in one call.
+
+    Raises: RewardError naming the prompt if a reward is not a finite number.
+    """
+    if isinstance(task, BatchTask):
+        scores = task.score_all(examples, completions, completion_ids=token_ids)
+    else:
+        scores = [task.score(example, text) for example, text in zip(examples, completions, strict=True)]
     for example, text, score in zip(examples, completions, scores, strict=True):
         if not math.isfinite(score.value):
             raise RewardError(
@@ -207,7 +219,9 @@ def judged(
     """Finished completions with the task's scores."""
     with failing_together():
         completions = policy.decode(samples.completion_ids)
-        scores = judge(task, examples, completions)
+        lengths = policy.completion_lengths(samples.completion_ids).tolist()
+        ids = [row[:length] for row, length in zip(samples.completion_ids.tolist(), lengths, strict=True)]
+        scores = judge(task, examples, completions, ids)
     return Rollouts(
         prompt_ids=batch.prompt_ids,
         prompt_mask=batch.prompt_mask,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -369,6 +369,21 @@ class Task(Protocol):
 
     def stratum(self, example: Example) -> str:
         """A name under which evaluation reports this example apart, e.g. "unseen_grids"; "" for none."""
+        ...
+
+
+@runtime_checkable
+class BatchTask(Protocol):
+    """A task whose judge wants the whole batch: slow rewards, or functions written for batches."""
+
+    def score_all(
+        self,
+        examples: Sequence[Example],
+        completions: Sequence[str],
+        *,
+        completion_ids: Sequence[Sequence[int]] | None = None,
+    ) -> list[Score]:
+        """One score per completion. `completion_ids`: tokens up to and including the stop token."""
         ...
 
 

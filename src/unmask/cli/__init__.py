@@ -24,6 +24,7 @@ COMMANDS = {
     "sft": "supervised training on demonstrations",
     "eval": "accuracy of a model on a task, with intervals",
     "sample": "one completion, shown as it is revealed",
+    "generate": "completions for a file of prompts",
     "merge": "one ordinary model out of an adapter and its base",
     "estimate": "memory, FLOPs and hours of a recipe on a machine that need not be here",
     "diagnose": "bias, variance and cost of likelihood estimators, against exact enumeration",

@@ -19,7 +19,8 @@ from unmask.models import MaskedPolicy, build_tiny, stored_dtype
 from unmask.models.adapter_files import base_of, is_adapter
 from unmask.models.adapters import TARGETS
 from unmask.models.families import family_of
-from unmask.models.files import is_hub_id, one_line, read_json
+from unmask.models.files import one_line, read_json
+from unmask.places import is_hub_id
 
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of a number: 4 bits, one byte of scale for 64 numbers, one float32 for 256 scales."""

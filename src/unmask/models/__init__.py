@@ -22,10 +22,11 @@ from unmask.errors import ConfigError, ModelError
 from unmask.models import adapter_files
 from unmask.models.adapters import LoraConfig, wrap
 from unmask.models.families import MODELS, Family, family_of
-from unmask.models.files import fetch, is_hub_id, one_line, read_json
+from unmask.models.files import fetch, one_line, read_json
 from unmask.models.policy import AdapterView, MaskedPolicy
 from unmask.models.quantization import quantization_options
 from unmask.models.tiny import TinyModelConfig, build_tiny
+from unmask.places import is_hub_id
 
 __all__ = [
     "MODELS",

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,10 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
 from unmask.errors import ModelError
+from unmask.places import is_hub_id
 
 # never *.py and never pickles
 _WANTED = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether the text can only mean a repository of the hub: `owner/name`, and no directory `owner` is here."""
-    return bool(_HUB_ID.fullmatch(name)) and not name.startswith(".") and not os.path.exists(name.split("/")[0])
 
 
 def fetch(name: str | Path) -> Path:

@@ -16,6 +16,7 @@ from torch import Tensor, tensor
 
 from unmask.errors import ConfigError
 from unmask.noise import Noise
+from unmask.tasks.answers import last_answer
 from unmask.tasks.sudoku_files import read_puzzles, scored_puzzles
 from unmask.tasks.sudoku_grids import (
     MAX_BLANKS,
@@ -310,7 +311,7 @@ def parse_answer(completion: str, form: str, parser: str = "strict") -> str | No
     if form not in FORMS or parser not in PARSERS:
         raise ValueError(f"parse_answer: form '{form}' and parser '{parser}' must be among {FORMS} and {PARSERS}.")
     if form == "tags":
-        content = _last_answer(completion, outer=parser == "d1")
+        content = last_answer(completion, outer=parser == "d1")
         if content is None:
             return None
         completion = content
@@ -324,22 +325,6 @@ def parse_answer(completion: str, form: str, parser: str = "strict") -> str | No
         completion = "".join(lines)
     answer = completion.strip()
     return answer if len(answer) == 16 and answer.isascii() and answer.isdigit() else None
-
-
-def _last_answer(text: str, *, outer: bool) -> str | None:
-    """What stands between the last <answer> that is closed later and the first </answer> behind it.
-
-    `outer` starts at the first <answer> since the </answer> before, as the pattern <answer>(.*?)</answer> does. That
-    pattern takes quadratic time on a text full of <answer>; a fixed number of searches does not.
-    """
-    opening, closing = "<answer>", "</answer>"
-    start = text.rfind(opening, 0, max(text.rfind(closing), 0))
-    if start < 0:
-        return None
-    end = text.find(closing, start)
-    if outer:
-        start = text.find(opening, max(text.rfind(closing, 0, start), 0))
-    return text[start + len(opening) : end]
 
 
 def _as_lines(cells: str) -> str:

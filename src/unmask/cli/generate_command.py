@@ -1,0 +1,92 @@
+"""Completions for a file of prompts, written as JSON lines.
+
+  unmask generate runs/mine prompts.jsonl --output completions.jsonl --gen-length 128
+  unmask generate owner/model prompts.jsonl --output completions.jsonl --num-samples 4 --temperature 0.9
+
+A row of FILE has `prompt`, a text or a list of messages; its other columns are kept. Each row of the output adds
+`completion`, and `sample` (0, 1, ...) with --num-samples. Noise depends on the seed, the row and the sample alone, so
+the same command writes the same file at any --batch-size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+from unmask.api import decoding, open_model
+from unmask.cli.eval_command import check_output
+from unmask.cli.view import open_view
+from unmask.errors import ConfigError, DataError
+from unmask.noise import Noise
+from unmask.rows import read_rows
+from unmask.runs import write_atomic
+from unmask.types import PromptBatch, take_rows
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model directory, a run directory or a hub id")
+    parser.add_argument("file", metavar="FILE", help="JSON lines, a JSON array, Parquet, CSV or a hub data set")
+    parser.add_argument("--output", metavar="FILE", required=True, help="JSON lines file to write")
+    parser.add_argument("--split", default="train", help="of a hub data set (default: train)")
+    parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
+    parser.add_argument("--sampler", default="low_confidence", help="sampler name (default: low_confidence)")
+    parser.add_argument("--gen-length", type=int, default=128, metavar="N", help="canvas tokens (default: 128)")
+    parser.add_argument("--num-steps", type=int, metavar="N", help="denoising steps (default: one token per step)")
+    parser.add_argument("--block-length", type=int, metavar="N", help="semi-autoregressive block (default: one block)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="completions at a time (default: 32)")
+    parser.add_argument("--seed", type=int, default=0, help="noise at temperature above 0 (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def run(args: argparse.Namespace) -> None:
+    for name in ("num_samples", "batch_size"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1. Try 1.")
+    check_output(Path(args.output))
+    rows = prompts(args.file, args.split)
+    sampler = decoding(
+        None,
+        args.sampler,
+        gen_length=args.gen_length,
+        num_steps=args.num_steps,
+        block_length=args.block_length,
+        temperature=args.temperature,
+    ).value
+    policy = open_model(args.model)
+    texts = [policy.render(row["prompt"]) for row in rows for _ in range(args.num_samples)]
+    ids, mask = policy.encode_prompts(texts, sampler.gen_length)
+    numbers = torch.arange(len(texts), device=policy.device)
+    batch = PromptBatch(ids, mask, numbers // args.num_samples, numbers % args.num_samples)
+    completions: list[str] = []
+    with open_view(args.quiet) as view:
+        view.stage("generating", len(texts))
+        for start in range(0, len(texts), args.batch_size):
+            part = take_rows(batch, slice(start, start + args.batch_size))
+            samples = sampler.sample(policy, part, noise=Noise(args.seed).stream("generate"))
+            completions += policy.decode(samples.completion_ids)
+            view.advance(len(part))
+    lines = []
+    for number, completion in enumerate(completions):
+        extra = {"sample": number % args.num_samples} if args.num_samples > 1 else {}
+        row = {**rows[number // args.num_samples], "completion": completion, **extra}
+        lines.append(json.dumps(row, ensure_ascii=False))
+    write_atomic(Path(args.output), "\n".join(lines) + "\n")
+    print(f"{len(completions):,} completions of {len(rows):,} prompts written to {args.output}")
+
+
+def prompts(source: str, split: str) -> list[dict]:
+    """Rows with a prompt. Raises: DataError with the place of the first row without one."""
+    found = []
+    for where, row in read_rows(source, split, "FILE"):
+        prompt = row.get("prompt") if isinstance(row, dict) else None
+        is_chat = isinstance(prompt, list) and prompt and all(isinstance(t, dict) and "content" in t for t in prompt)
+        if not (is_chat or (isinstance(prompt, str) and prompt)):
+            raise DataError(f"{where}: has no prompt. Give a text, or a list of messages with role and content.")
+        found.append(dict(row))
+    if not found:
+        raise DataError(f"{source}: holds no rows. Give one JSON object per line with a prompt.")
+    return found

@@ -1,0 +1,1 @@
+"""Processes that judge untrusted text, so that the trainer need not."""

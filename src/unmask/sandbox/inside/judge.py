@@ -1,0 +1,145 @@
+"""The process that holds the tests. It reaches the program through proxies and never has an object or a line of it.
+
+Names are resolved on this side: the tests' own, Python's, and those of trusted helper code. Only the names that the
+task declares come from the program.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import os
+from typing import Any
+
+from channel import receive, send
+from wire import Encoder, Handle, WireError, decode
+
+
+class Gone(BaseException):
+    """The candidate has left; nothing in a test may catch this."""
+
+
+class Link:
+    """Calls into the candidate's process, one at a time."""
+
+    def __init__(self, descriptor: int):
+        self.descriptor, self.encoder = descriptor, Encoder()
+
+    def ask(self, request: dict[str, Any]) -> Any:
+        """The value of the answer to a request. Raises: the exception that the answer names, WireError, Gone."""
+        try:
+            send(self.descriptor, json.dumps(request).encode())
+        except OSError as error:
+            raise Gone from error
+        return self.read()
+
+    def read(self) -> Any:
+        try:
+            content = receive(self.descriptor)
+        except (EOFError, OSError) as error:
+            raise Gone from error
+        answer = json.loads(content)  # what the program raised is raised below, an OSError of its own included
+        if not isinstance(answer, dict):
+            raise WireError("an answer is no object")
+        if "raised" in answer:
+            raise exception(str(answer["raised"]), str(answer.get("text", "")))
+        return decode(json.dumps(answer.get("value")), self.handle)
+
+    def call(self, request: dict[str, Any], positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        return self.ask({**request, "arguments": self.encoder.tree([list(positional), named], 0)})
+
+    def handle(self, number: int, class_name: str) -> Proxy:
+        return Proxy(self, number, class_name)
+
+
+class Function:
+    """A name of the program that the tests may call."""
+
+    def __init__(self, link: Link, name: str):
+        self._link, self._name = link, name
+        self.__name__ = name
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        return self._link.call({"name": self._name}, positional, named)
+
+
+class Proxy(Handle):
+    """An object in the candidate's process: equal to nothing but itself; its attributes and methods are asked there."""
+
+    def __init__(self, link: Link, number: int, class_name: str):
+        super().__init__(number, class_name)
+        self._link = link
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    def __hash__(self) -> int:
+        return hash((Proxy, self.number))
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self._link.ask({"of": self.number, "name": name})
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("number", "class_name", "_link"):
+            object.__setattr__(self, name, value)
+        else:
+            self._link.call({"of": self.number, "name": "__setattr__"}, (name, value), {})
+
+    def __call__(self, *positional: Any, **named: Any) -> Any:
+        return self._link.call({"of": self.number, "name": ""}, positional, named)
+
+
+def exception(name: str, text: str) -> Exception:
+    """One of Python's own exceptions; any other name is a RuntimeError."""
+    kind = getattr(builtins, name, None)
+    is_own = isinstance(kind, type) and issubclass(kind, Exception)
+    try:
+        return kind(text) if is_own else RuntimeError(f"{name}: {text}")  # type: ignore[misc]
+    except Exception:  # UnicodeDecodeError and the like want more than a text
+        return RuntimeError(f"{name}: {text}")
+
+
+def run(link: Link, task: dict[str, Any]) -> dict[str, Any]:
+    """{"loaded", "passed": one bool for each test, "reason"}: how the tests of a task went."""
+    found: dict[str, Any] = {"loaded": False, "passed": [], "reason": ""}
+    try:
+        link.read()
+    except Gone:
+        return found | {"reason": "gone"}
+    except Exception as error:
+        return found | {"reason": describe(error)}
+    found["loaded"] = True
+    names: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
+    exec(compile(task.get("helpers", ""), "<helpers>", "exec", dont_inherit=True), names)
+    names |= {name: Function(link, name) for name in task["names"]}
+    try:
+        exec(compile(task.get("setup", ""), "<setup>", "exec", dont_inherit=True), names)
+        for test in task["tests"]:
+            try:
+                exec(compile(test, "<test>", "exec", dont_inherit=True), names)
+                found["passed"].append(True)
+            except Exception as error:
+                found["passed"].append(False)
+                found["reason"] = found["reason"] or describe(error)
+    except Gone:
+        found["reason"] = "gone"
+    except Exception as error:
+        found["reason"] = describe(error)
+    return found
+
+
+def describe(error: BaseException) -> str:
+    try:
+        return f"{type(error).__name__}: {error}"[:300]
+    except Exception:
+        return type(error).__name__
+
+
+def main(descriptor: int, tests: int, result: int) -> None:
+    with os.fdopen(tests, "rb") as file:
+        file.seek(0)
+        task = json.loads(file.read())
+    send(result, json.dumps(run(Link(descriptor), task)).encode("utf-8", "backslashreplace"))
+    os._exit(0)

@@ -1,0 +1,175 @@
+"""Values as JSON with tags, between a program that is not trusted and the process that tests it. Nothing is executed.
+
+    None, bool, str, finite float, int      as in JSON; an int beyond 53 bits is {"i": hexadecimal}
+    list                                    a JSON list
+    everything else                         {tag: content}, see `_encoders`
+    any other object                        {"h": number, "c": class name}, a handle: equal to nothing but itself
+
+Size, depth and number of parts are bounded on both sides. A subclass of an ordinary type is sent as that type.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import deque
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+MAX_BYTES = 4 << 20
+MAX_DEPTH = 60
+MAX_PARTS = 400_000
+MAX_INT_BITS = 1 << 17
+_EXACT = 1 << 53
+
+
+class WireError(Exception):
+    """A value that cannot be sent, or bytes that are no value."""
+
+
+class Handle:
+    """What stands for an object that stays in the candidate's process."""
+
+    def __init__(self, number: int, class_name: str):
+        self.number, self.class_name = number, class_name
+
+
+class Encoder:
+    """Values to JSON text. `keep` stores an object that cannot be sent and returns its number."""
+
+    def __init__(self, keep: Callable[[Any], int] | None = None):
+        self.keep, self.parts = keep, 0
+
+    def text(self, value: Any) -> str:
+        self.parts = 0
+        return json.dumps(self.tree(value, 0), allow_nan=False, ensure_ascii=True)
+
+    def tree(self, value: Any, depth: int) -> Any:
+        self.parts += 1
+        if depth > MAX_DEPTH or self.parts > MAX_PARTS:
+            raise WireError("a value is nested too deeply or has too many parts")
+        kind = type(value)
+        if value is None or kind is bool:
+            return value
+        if isinstance(value, bool | str):
+            return _text(str.__str__(value)) if isinstance(value, str) else bool(value)
+        if isinstance(value, int):
+            return _integer(int.__int__(value))
+        if isinstance(value, float):
+            number = float.__float__(value)
+            return number if math.isfinite(number) else {"f": repr(number)}
+        if isinstance(value, Handle):
+            return {"h": value.number, "c": value.class_name}
+        return self._container(value, depth)
+
+    def _container(self, value: Any, depth: int) -> Any:
+        for kind, tag in ((list, ""), (tuple, "t"), (set, "s"), (frozenset, "z"), (deque, "q")):
+            if isinstance(value, kind):
+                own: Any = kind  # the type's own way through its items, whatever a subclass says
+                items = [self.tree(item, depth + 1) for item in own.__iter__(value)]
+                return {tag: items} if tag else items
+        if isinstance(value, dict):
+            return {"d": [[self.tree(k, depth + 1), self.tree(v, depth + 1)] for k, v in dict.items(value)]}
+        if isinstance(value, bytes | bytearray):
+            return {"b" if isinstance(value, bytes) else "y": bytes(value).hex()}
+        if isinstance(value, complex):
+            return {"j": [self.tree(value.real, depth + 1), self.tree(value.imag, depth + 1)]}
+        if isinstance(value, range):
+            return {"r": [self.tree(part, depth + 1) for part in (value.start, value.stop, value.step)]}
+        if isinstance(value, Fraction):
+            return {"n": [self.tree(value.numerator, depth + 1), self.tree(value.denominator, depth + 1)]}
+        if isinstance(value, Decimal):
+            return {"m": str(value)}
+        return self._other(value, depth)
+
+    def _other(self, value: Any, depth: int) -> Any:
+        """Iterators are exhausted; numpy's arrays and numbers become lists and numbers; the rest stays where it is."""
+        module = getattr(type(value), "__module__", "")
+        if module == "numpy" and hasattr(value, "tolist"):
+            return self.tree(value.tolist(), depth + 1)
+        is_iterator = hasattr(value, "__next__") and hasattr(value, "__iter__")
+        if is_iterator or isinstance(value, type({}.keys()) | type({}.values()) | type({}.items())):
+            items = []
+            for item in value:
+                items.append(self.tree(item, depth + 1))
+            return items if not is_iterator else {"e": items}
+        if self.keep is None:
+            raise WireError(f"a {type(value).__name__} cannot be sent")
+        return {"h": self.keep(value), "c": type(value).__name__[:100]}
+
+
+def _text(value: str) -> Any:
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return {"u": value.encode("utf-16-le", "surrogatepass").hex()}
+    return value
+
+
+def _integer(value: int) -> Any:
+    if value.bit_length() > MAX_INT_BITS:
+        raise WireError("an integer is too long")
+    return value if -_EXACT <= value <= _EXACT else {"i": hex(value)}
+
+
+def decode(text: str, handle: Callable[[int, str], Any]) -> Any:
+    """The value of JSON text; `handle(number, class name)` makes what stands for an object over there.
+
+    Raises: WireError for anything that `Encoder` does not write.
+    """
+    if len(text) > MAX_BYTES:
+        raise WireError("a message is too long")
+    try:
+        tree = json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise WireError("a message is not JSON") from error
+    return _Decoder(handle).value(tree, 0)
+
+
+def _refuse(name: str) -> None:
+    raise ValueError(name)
+
+
+class _Decoder:
+    def __init__(self, handle: Callable[[int, str], Any]):
+        self.handle, self.parts = handle, 0
+
+    def value(self, tree: Any, depth: int) -> Any:
+        self.parts += 1
+        if depth > 2 * MAX_DEPTH or self.parts > 2 * MAX_PARTS:
+            raise WireError("a value is nested too deeply or has too many parts")
+        if tree is None or isinstance(tree, bool | str | int | float):
+            return tree
+        if isinstance(tree, list):
+            return [self.value(item, depth + 1) for item in tree]
+        try:
+            return self._tagged(tree, depth)
+        except WireError:
+            raise
+        except Exception as error:  # whatever a wrong content does to the type that it names
+            raise WireError(f"a value cannot be read ({type(error).__name__})") from error
+
+    def _tagged(self, tree: dict[str, Any], depth: int) -> Any:
+        if set(tree) == {"h", "c"}:
+            return self.handle(int(tree["h"]), str(tree["c"]))
+        ((tag, content),) = tree.items()
+        if tag in ("t", "s", "z", "q", "e"):
+            items = [self.value(item, depth + 1) for item in content]
+            kinds: dict[str, Callable[[list[Any]], Any]] = {"t": tuple, "s": set, "z": frozenset, "q": deque, "e": iter}
+            return kinds[tag](items)
+        if tag == "d":
+            return {self.value(k, depth + 1): self.value(v, depth + 1) for k, v in content}
+        if tag in ("j", "r", "n"):
+            parts = [self.value(item, depth + 1) for item in content]
+            return complex(*parts) if tag == "j" else range(*parts) if tag == "r" else Fraction(*parts)
+        if tag == "i":
+            if len(content) > MAX_INT_BITS // 4 + 3:
+                raise WireError("an integer is too long")
+            return int(content, 16)
+        simple: dict[str, Callable[[str], Any]] = {
+            "f": float, "m": Decimal, "b": bytes.fromhex, "y": bytearray.fromhex,
+            "u": lambda hexadecimal: bytes.fromhex(hexadecimal).decode("utf-16-le", "surrogatepass"),
+        }  # fmt: skip
+        return simple[tag](content)

@@ -1,0 +1,122 @@
+"""What tasks of questions with one answer share: files and hub data, splits, prompt styles, examples in the prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from unmask.errors import ConfigError, DataError
+from unmask.rows import cached_rows
+from unmask.tasks.prompts import Messages, PromptStyle
+from unmask.types import Example
+
+SPLITS = ("train", "validation", "test")
+IDS_PER_SPLIT = 10_000_000
+"""Example ids: the row within the split, plus this much for each split before it."""
+
+
+def one_line(error: Exception) -> str:
+    """The text of an exception, shortened to a line."""
+    return " ".join(str(error).split())[:120]
+
+
+@dataclass(frozen=True)
+class QuestionTask:
+    """Questions from a file or the hub. Validation is the end of the training rows; test rows are never trained on."""
+
+    prompt: str = "d1"
+    """A prompt style by name (docs/tasks.md), or a text with "{question}" that is given to the model as it stands."""
+    num_shots: int = 0
+    """Examples in front of the question, as turns of a conversation: the first rows of the training data."""
+    num_validation: int = 256
+    """Rows at the end of the training data that are kept for validation."""
+    data: str | None = None
+    """Test rows: a file, a hub id `owner/name` or `owner/name:configuration`. None: the published set on the hub."""
+    train_data: str | None = None
+    """Training rows, likewise."""
+
+    name: ClassVar[str]
+    prompts: ClassVar[Mapping[str, PromptStyle]]
+    hub: ClassVar[Mapping[str, str]]
+    """Published sets, by "train" and "test"."""
+
+    def __post_init__(self) -> None:
+        if self.prompt not in self.prompts and "{question}" not in self.prompt:
+            raise ConfigError(
+                f"task.prompt = {self.prompt!r}: use one of {', '.join(self.prompts)}, or a text with {{question}}."
+            )
+        for field, least in (("num_shots", 0), ("num_validation", 1)):
+            if getattr(self, field) < least:
+                raise ConfigError(f"task.{field} = {getattr(self, field)}: must be at least {least}.")
+
+    @property
+    def gen_length(self) -> int | None:
+        """None: the length is the sampler's to say."""
+        return None
+
+    @property
+    def num_steps(self) -> int | None:
+        """None: the steps are the sampler's to say."""
+        return None
+
+    def source(self, split: str) -> str:
+        """Where a split comes from, as evaluation rows name it."""
+        given = self.data if split == "test" else self.train_data
+        return given or self.hub["test" if split == "test" else "train"]
+
+    def examples(self, split: str) -> list[Example]:
+        """The questions of "train", "validation" or "test", with the columns of `read_row`."""
+        if split not in SPLITS:
+            raise ConfigError(f"unknown split {split!r} of {self.name}. Known: {', '.join(SPLITS)}.")
+        offset, style, shots = SPLITS.index(split) * IDS_PER_SPLIT, self._style, self._shots()
+        return [
+            Example(offset + row, style.render({"question": columns["question"]}, shots), columns)
+            for row, columns in self._rows(split)
+        ]
+
+    def read_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Columns `question`, `solution` and `answer` of a row of the data. Raises: KeyError, TypeError, ValueError."""
+        raise NotImplementedError
+
+    def stratum(self, example: Example) -> str:
+        """Reported apart: nothing."""
+        return ""
+
+    @property
+    def _style(self) -> PromptStyle:
+        return self.prompts.get(self.prompt) or PromptStyle(self.prompt, is_chat=False)
+
+    def _rows(self, split: str) -> list[tuple[int, dict[str, Any]]]:
+        """(row of the file, columns), without the rows that are shown as examples."""
+        rows = list(enumerate(self._read(self.source(split), "test" if split == "test" else "train")))
+        if split == "test":
+            return rows
+        if len(rows) <= self.num_validation + self.num_shots:
+            raise ConfigError(
+                f"task.num_validation = {self.num_validation}: {self.source(split)} has {len(rows)} rows, and "
+                f"validation takes the last of them{' and the prompt the first' if self.num_shots else ''}. Use fewer."
+            )
+        return rows[self.num_shots : -self.num_validation] if split == "train" else rows[-self.num_validation :]
+
+    def _read(self, source: str, split: str) -> Sequence[dict[str, Any]]:
+        key = "task.data" if split == "test" else "task.train_data"
+        rows = []
+        for where, row in cached_rows(source, split, key):
+            try:
+                rows.append(self.read_row(row))
+            except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
+                raise DataError(f"{where}: is no row of {self.name} ({one_line(error)}). {self.expected}") from error
+        return rows
+
+    def _shots(self) -> Messages:
+        if not self.num_shots:
+            return []
+        turns: Messages = []
+        for columns in self._read(self.source("train"), "train")[: self.num_shots]:
+            turns.append({"role": "user", "content": str(self._style.render({"question": columns["question"]}))})
+            turns.append({"role": "assistant", "content": columns["solution"]})
+        return turns
+
+    expected: ClassVar[str] = ""
+    """What a row has to look like, for messages."""
