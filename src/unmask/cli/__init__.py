@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": "accuracy of a model on a task, with intervals",
     "sample": "one completion, shown as it is revealed",
     "generate": "completions for a file of prompts",
+    "reward": "what a recipe's reward says about completions; a run's rollouts judged again",
     "merge": "one ordinary model out of an adapter and its base",
     "estimate": "memory, FLOPs and hours of a recipe on a machine that need not be here",
     "diagnose": "bias, variance and cost of likelihood estimators, against exact enumeration",
