@@ -23,6 +23,7 @@ ROWS = (
     ("build", "run_log", "self_check"),
     ("trainer",),
     ("strategies",),
+    ("data_check",),
     ("evaluation", "report", "doctor", "detectors", "preferences"),
     ("figures",),
     ("rollout", "runs", "checkpoint", "demonstrations", "critic"),

@@ -30,7 +30,7 @@ COMMANDS = {
     "estimate": "memory, FLOPs and hours of a recipe on a machine that need not be here",
     "diagnose": "bias, variance and cost of likelihood estimators, against exact enumeration",
     "compare": "several algorithms with equal rollouts: one table over seeds, one figure",
-    "data": "preference pairs out of a run's rollouts",
+    "data": "a look at a data file; preference pairs out of a run's rollouts",
     "report": "tables and learning curves of runs",
     "energy": "what the energy model of a dga run has learned",
     "replay": "look into the batch that broke an update",
