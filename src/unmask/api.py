@@ -119,10 +119,12 @@ def evaluate(
     temperature: float = 0.0,
     batch_size: int = 256,
     seed: int = 0,
+    num_samples: int = 1,
     view: View | None = None,
     **task_options: Any,
 ) -> dict[str, Any]:
-    """Accuracy of a model on a task, one completion for each example: the row that `unmask eval --output` writes.
+    """Accuracy of a model on a task: the row that `unmask eval --output` writes. `num_samples` completions for each
+    example, with `pass@k` where there are several.
 
     Greedy unless `temperature` is above 0; length and steps default to what the task declares. `data` is a file whose
     rows take the place of the task's test split; `limit` keeps the first examples; further keywords are task options.
@@ -139,9 +141,18 @@ def evaluate(
         block_length=block_length,
         temperature=temperature,
     )
-    return evaluation_rows(
-        model, chosen, [decoder], split=split, limit=limit, batch_size=batch_size, seed=seed, view=view
-    )[0]
+    ((row, _),) = evaluation_rows(
+        model,
+        chosen,
+        [decoder],
+        split=split,
+        limit=limit,
+        batch_size=batch_size,
+        seed=seed,
+        num_samples=num_samples,
+        view=view,
+    )
+    return row
 
 
 def evaluation_task(name: str, data: str | Path | None, split: str, options: Mapping[str, Any]) -> Named:
@@ -169,10 +180,12 @@ def evaluation_rows(
     limit: int | None,
     batch_size: int,
     seed: int,
+    num_samples: int = 1,
     view: View | None = None,
-) -> list[dict[str, Any]]:
-    """One evaluation row for each sampler, on the same examples and noise; the model is loaded last."""
-    for key, value in (("limit", limit), ("batch_size", batch_size)):
+) -> list[tuple[dict[str, Any], Rollouts]]:
+    """One evaluation row for each sampler, on the same examples and noise, each with its completions; the model is
+    loaded last."""
+    for key, value in (("limit", limit), ("batch_size", batch_size), ("num_samples", num_samples)):
         if value is not None and value < 1:
             raise ConfigError(f"{key} = {value}: must be at least 1. Try 256.")
     view = view or SilentView()
@@ -182,19 +195,21 @@ def evaluation_rows(
         check_prompts(policy, examples, sampler.value.gen_length)
     rows = []
     for sampler in samplers:
-        view.stage(f"evaluating, {sampler.value.gen_length} tokens", len(examples))
+        view.stage(f"evaluating, {sampler.value.gen_length} tokens", len(examples) * num_samples)
         setting = Setting(task.name, task.value.source(split), sampler.name, task.value.prompt, policy.name, seed)
-        row, _ = evaluate_policy(
-            policy,
-            task.value,
-            examples,
-            sampler.value,
-            setting,
-            noise=Noise(seed).stream("evaluation"),
-            batch_size=batch_size,
-            on_rows=view.advance,
+        rows.append(
+            evaluate_policy(
+                policy,
+                task.value,
+                examples,
+                sampler.value,
+                setting,
+                noise=Noise(seed).stream("evaluation"),
+                batch_size=batch_size,
+                num_samples=num_samples,
+                on_rows=view.advance,
+            )
         )
-        rows.append(row)
     return rows
 
 
