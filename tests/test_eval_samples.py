@@ -9,8 +9,11 @@ import math
 import pytest
 
 from unmask.cli import main
+from unmask.errors import ConfigError
 from unmask.evaluation import mean_interval, paired_difference, pass_at, powers_of_two, unique_share
 from unmask.models.tiny import TinyModelConfig, build_tiny
+from unmask.protocols import LENGTHS, PROTOCOLS, task_options
+from unmask.tasks import TASKS
 
 SIZES = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16, "max_length": 40}
 
@@ -98,3 +101,26 @@ def test_bad_options(models, tmp_path, capsys, options, message):
     assert message in capsys.readouterr().err
     assert evaluate(models, tmp_path, name="rows.doc")[0] == 2
     assert "must end with .json, .md, .tex" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("preset", "task", "steps"), [
+    ("d1", "gsm8k", [64, 128, 256]), ("espo", "gsm8k", [128, 256, 512]), ("espo", "sudoku", [64, 128, 256]),
+    ("espo", "countdown", [64, 128, 256]), ("dmpo", "math", [128, 256, 512]), ("dga", "code", [128, 128, 128]),
+])  # fmt: skip
+def test_presets_follow_the_papers(preset, task, steps):
+    protocol = PROTOCOLS[preset]
+    assert [protocol.num_steps(task, length) for length in LENGTHS] == steps and protocol.block_length == 32
+    settings = task_options(preset, task)
+    TASKS[task](**settings)  # the names of prompts and parsers exist
+    with pytest.raises(ConfigError, match="says nothing about task 'sudoku_twice'"):
+        task_options(preset, "sudoku_twice")
+
+
+def test_a_preset_in_the_command(models, tmp_path, capsys):
+    command = ["eval", str(models / "0"), "--task", "sudoku", "--limit", "2", "--quiet", "--preset"]
+    output = ["--output", str(tmp_path / "rows.json")]
+    assert main([*command, "d1", "prompt=raw", "--gen-length", "16,20", *output]) == 0
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["gen_length"], row["num_steps"], row["block_length"]) for row in rows] == [(16, 8, 16), (20, 10, 20)]
+    assert main([*command, "d2"]) == 2
+    assert "--preset d2: unknown. Use one of: d1, espo, dmpo, dga." in capsys.readouterr().err

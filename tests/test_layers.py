@@ -30,7 +30,7 @@ ROWS = (
     ("objectives", "scoring", "samplers", "sharding", "buffer"),
     ("corruption", "corruption_steps", "likelihood", "advantages", "models", "tasks"),
     ("noise", "ranks"),  # tasks draw their puzzles with noise
-    ("config", "schedule", "rows", "sandbox"),
+    ("config", "schedule", "rows", "sandbox", "protocols"),
     ("types", "optional", "places", "isolation", "files"),
     ("errors",),
     ("unmask",),  # the package itself: the version, and names that are looked up when first used

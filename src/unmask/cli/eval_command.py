@@ -7,6 +7,7 @@ MODEL is a model directory or a run directory. Decoding is greedy and in order o
 length and steps default to what the task declares. --gen-length takes several lengths, one row each. Task options
 follow as key=value, such as prompt=d1 parser=d1.
 
+  unmask eval runs/mine --task gsm8k --preset espo                     128, 256 and 512 tokens as the paper did
   unmask eval runs/mine --task sudoku --baseline runs/base             paired differences, with intervals
   unmask eval runs/mine --task gsm8k --num-samples 8 --temperature 0.9   pass@1, 2, 4, 8
   unmask eval runs/mine --task sudoku --completions completions.jsonl    what was written, with verdicts
@@ -29,6 +30,7 @@ from unmask.comparison.tables import escape
 from unmask.config import apply_overrides
 from unmask.errors import ConfigError
 from unmask.evaluation import by_example, paired_difference
+from unmask.protocols import LENGTHS, PROTOCOLS, task_options
 from unmask.runs import plain, write_atomic
 from unmask.types import Rollouts
 
@@ -46,6 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--gen-length", metavar="N[,N...]", help="canvas tokens, one row for each (default: the task's)"
+    )
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"a paper's lengths, steps, prompt and parser: {', '.join(PROTOCOLS)}"
     )
     parser.add_argument("--num-steps", type=int, metavar="N", help="denoising steps (default: one token per step)")
     parser.add_argument("--block-length", type=int, metavar="N", help="semi-autoregressive block (default: one block)")
@@ -65,17 +70,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    task = evaluation_task(args.task, args.data, args.split, apply_overrides({}, args.options))
+    options = task_options(args.preset, args.task) if args.preset else {}
+    task = evaluation_task(args.task, args.data, args.split, apply_overrides(options, args.options))
     samplers = [
-        decoding(
-            task,
-            args.sampler,
-            gen_length=length,
-            num_steps=args.num_steps,
-            block_length=args.block_length,
-            temperature=args.temperature,
-        )
-        for length in lengths(args.gen_length)
+        decoding(task, args.sampler, gen_length=length, temperature=args.temperature, **pace(args, length))
+        for length in (LENGTHS if args.preset and not args.gen_length else lengths(args.gen_length))
     ]
     if args.output:
         check_output(Path(args.output))
@@ -111,6 +110,16 @@ def run(args: argparse.Namespace) -> None:
     for what, file in (("rows", args.output), ("completions", args.completions)):
         if file:
             print(f"{what} written to {file}")
+
+
+def pace(args: argparse.Namespace, length: int | None) -> dict[str, int | None]:
+    """Steps and block of a length: as given, else the preset's."""
+    given = {"num_steps": args.num_steps, "block_length": args.block_length}
+    if not args.preset or length is None:
+        return given
+    protocol = PROTOCOLS[args.preset]
+    own = {"num_steps": protocol.num_steps(args.task, length), "block_length": min(protocol.block_length, length)}
+    return {key: own[key] if value is None else value for key, value in given.items()}
 
 
 def compare(own: Rollouts, theirs: Rollouts, num_samples: int) -> dict[str, Any]:
