@@ -20,7 +20,7 @@ from unmask.cli import main
 from unmask.cli.compare_command import report_failures
 from unmask.comparison import has_failed, jobs_here, plan_comparison
 from unmask.comparison.arms import parse_arms, split_outside
-from unmask.comparison.figure import mean_curve
+from unmask.comparison.figure import legend_columns, mean_curve
 from unmask.comparison.measures import last_mean, last_row, measure, share_done
 from unmask.comparison.planning import Run, check_directory, count_flops, only_here, read_flops, write_plan
 from unmask.comparison.processes import Machine, read_record, run_all, this_machine
@@ -593,3 +593,10 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(place, capsys):
     out = capsys.readouterr().out
     assert "espo" in out and "wd1" in out and "hours of a run" in out
     assert sorted(place.rglob("*")) == before
+
+
+def test_a_legend_of_long_labels_has_few_columns():
+    assert legend_columns(["espo", "wd1"]) == 2 and legend_columns(["a"] * 20) == 6
+    long = "dga:optimizer.lr=0.0003:energy_lr=0.01:energy_trunk_lr=0.0003"
+    assert legend_columns([long] * 15) == 2
+    assert legend_columns(["x" * 400] * 3) == 1
