@@ -147,7 +147,8 @@ def test_every_changed_math_reference_is_wrong(data_dir):
     ("\\pi", "3.14159", "wrong"),
     ("[-2,7]", "[-2, 7]", "correct"), ("[-2,7]", "(-2,7)", "wrong"), ("10\\text{ cm}", "10", "correct"),
     ("90^\\circ", "90", "correct"),
-    ("y = 2x + 3", "y=2x+3", "correct"),
+    ("y = 2x + 3", "y=2x+3", "correct"), ("5x", "5y", "wrong"), ("5x", "5", "wrong"), ("2i", "2", "wrong"),
+    ("10n", "10", "wrong"),
 ])  # fmt: skip
 def test_hard_math_answers(verifier, gold, answer, status):
     task = math()
@@ -166,6 +167,7 @@ def verifier():
 def test_parsers_and_rewards_of_math():
     row = example("4")
     assert math().score(row, "\\boxed{4} \\boxed{4}").status == Status.UNPARSED
+    assert math().score(row, "\\boxed{3 \\boxed{4}}").status == Status.UNPARSED
     assert math(parser="lenient").score(row, "\\boxed{3} \\boxed{4}").status == Status.CORRECT
     assert math(parser="lenient").score(row, "so 4").status == Status.CORRECT
     d1 = math(reward="d1", parser="lenient")
@@ -220,6 +222,17 @@ def test_a_lost_worker_is_replaced_and_two_in_a_row_are_an_error(monkeypatch):
     monkeypatch.setattr(math_check, "read_line", lambda *_: b"")
     with pytest.raises(RewardError, match="died twice"):
         verifier.verify("x+1", "1+x")
+    verifier.close()
+
+
+def test_a_start_that_fails_blocks_nobody(monkeypatch):
+    pytest.importorskip("math_verify")
+    verifier, start = MathVerifier(deadline=20.0), math_check.start_worker
+    monkeypatch.setattr(math_check, "start_worker", lambda: (_ for _ in ()).throw(RewardError("no memory")))
+    with pytest.raises(RewardError, match="no memory"):
+        verifier.verify("x+1", "1+x")
+    monkeypatch.setattr(math_check, "start_worker", start)
+    assert verifier.verify("x+1", "1+x") == "correct"
     verifier.close()
 
 

@@ -53,6 +53,9 @@ def verdict(sandbox, program):
 
 
 HONEST = {
+    "prints on both streams": "import sys\ndef f(x):\n    for _ in range(200): print('x' * 1000, flush=True); print('y', file=sys.stderr, flush=True)\n    return x * x",
+    "dataclass with annotations as text": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass A:\n    x: int\n    next: 'A' = None\ndef f(x): return A(x).x ** 2",
+    "home directory": "import os\nh = os.path.expanduser('~')\ndef f(x): return x * x",
     "plain": "def f(x): return x * x",
     "generator": "def f(x): return sum(x for _ in range(x))",
     "class": "class A:\n    def __init__(self, x): self.x = x\n    def go(self): return self.x ** 2\ndef f(x): return A(x).go()",
@@ -150,7 +153,70 @@ def test_arguments_travel_by_value_and_exceptions_by_name(sandbox):
     assert sandbox.run([Program(raising, tests, ["f"])])[0].status == "correct"
 
 
+def test_limits_are_those_of_one_value_and_results_may_be_long(sandbox):
+    many = Program(
+        "def f(n): return [1] * n", ["assert len(f(90_000)) == 90_000"] * 6, ["f"], limits=Limits(cpu=20, wall=60)
+    )
+    assert sandbox.run([many])[0].status == "correct"
+    long = Program("def f(x): return x * x", ["assert f(2) == 4"] * 15_000, ["f"], limits=Limits(cpu=30, wall=90))
+    found = sandbox.run([long])[0]
+    assert found.status == "correct" and len(found.passed) == 15_000
+
+
+def test_types_may_be_arguments(sandbox):
+    program = Program("def f(x, kind): return isinstance(x, kind)", ["assert f(2, int) and not f(2, str)"], ["f"])
+    assert sandbox.run([program])[0].status == "correct"
+
+
+def test_broken_helpers_are_the_rows_fault(sandbox):
+    with pytest.raises(RewardError, match=r"their helpers fail .ModuleNotFoundError"):
+        sandbox.run([squares("def f(x): return x * x", helpers="import no_such_module")])
+
+
 # ---- attacks
+
+
+def test_what_was_expected_of_one_program_is_not_found_by_the_next(sandbox):
+    check = "def ck(o, e): assert o == e, f'out: {o}, exp: {e}'\nck(f(2), 1234567)"
+    thief = """
+import sys, re, gc
+texts, frame = [], sys._getframe()
+while frame:
+    texts += [repr(frame.f_locals), repr(frame.f_globals)]
+    frame = frame.f_back
+texts += [o for o in gc.get_objects() if isinstance(o, str)] + [repr(o) for o in gc.get_objects() if isinstance(o, dict)]
+found = [m[1] for text in texts for m in re.finditer(r'exp: ([0-9]+)', text)]
+def f(x): return int(found[0])
+"""
+    first = Program("def f(x): return 0", [check], ["f"])
+    second = Program(thief, [check], ["f"], limits=Limits(cpu=10, wall=40))
+    verdicts = sandbox.run([first, second, first, second])
+    assert [v.status for v in verdicts] == ["wrong"] * 4
+    assert "exp: 1234567" in verdicts[0].reason  # the trainer alone reads it
+
+
+def test_a_loop_of_the_tests_is_not_ended_by_the_program(sandbox):
+    stop = "def f(x): raise StopIteration"
+    tests = ["for r in map(f, [1, 2]): assert r == 99", "assert sum(map(f, [1])) == 0"]
+    assert sandbox.run([Program(stop, tests, ["f"])])[0].passed == (False, False)
+
+
+@pytest.mark.parametrize("target", ["os.getppid()", "-os.getppid()", "os.getpid() + 1", "-os.getpgrp()"])
+@pytest.mark.parametrize("number", ["SIGKILL", "SIGSTOP"])
+def test_signals_are_not_sent_by_way_of_a_descriptor(sandbox, target, number):
+    source = f"""
+import fcntl, os, socket, signal
+a, b = socket.socketpair()
+for step in (lambda: fcntl.fcntl(a, 10, signal.{number}), lambda: fcntl.fcntl(a, 8, {target}),
+             lambda: fcntl.fcntl(a, fcntl.F_SETFL, fcntl.fcntl(a, fcntl.F_GETFL) | os.O_ASYNC)):
+    try:
+        step()
+    except OSError:
+        pass
+b.send(b'x')
+def f(x): return x * x
+"""
+    assert verdict(sandbox, squares(source)).status == "correct"  # refused, and harmless
 
 
 EQUAL = "class Yes:\n    def __eq__(s, o): return True\n    def __ne__(s, o): return False\n    __lt__ = __gt__ = __le__ = __ge__ = __eq__\n    def __hash__(s): return 0\n    def __bool__(s): return True\n    def __len__(s): return 4\n    def __getattr__(s, n): return s\n    def __call__(s, *a): return s\n"

@@ -13,6 +13,7 @@ import re
 import select
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -62,6 +63,7 @@ class MathVerifier:
     """Answers that were not decided in time."""
     _free: queue.Queue[subprocess.Popen[bytes]] = field(default_factory=queue.Queue)
     _started: int = 0
+    _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def verify(self, gold: str, answer: str) -> str:
         """ "correct", "wrong" or "timeout"."""
@@ -78,13 +80,17 @@ class MathVerifier:
     @contextmanager
     def _worker(self) -> Iterator[subprocess.Popen[bytes]]:
         """A worker for one question; put back if it lives, else another takes its place when it is needed."""
-        if self._free.empty() and self._started < self.num_workers:
-            self._started += 1
-            worker = start_worker()
-        else:
-            worker = self._free.get()
+        with self._lock:
+            may_start = self._free.empty() and self._started < self.num_workers
+            self._started += may_start
+        try:
+            worker = start_worker() if may_start else self._free.get()
             if worker.poll() is not None:
                 worker = start_worker()
+        except Exception:
+            with self._lock:
+                self._started -= 1  # its place is free again
+            raise
         try:
             yield worker
         finally:

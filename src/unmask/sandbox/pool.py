@@ -7,12 +7,14 @@ import atexit
 import json
 import os
 import queue
+import select
 import socket
 import struct
 import subprocess
 import sys
 import sysconfig
 import threading
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,6 +33,8 @@ PRELOAD = [
     "queue", "contextlib", "traceback", "difflib", "unittest",
 ]  # fmt: skip
 PROGRAMS_PER_WORKER = 1_000
+MAX_MESSAGE = 8 << 20
+"""Bytes of a judge."""
 START_SECONDS = 30.0
 
 
@@ -59,17 +63,22 @@ class Worker:
         )
         limits = {name: getattr(program.limits, name) for name in ("cpu", "wall", "memory", "judge_memory")}
         request = json.dumps({"source": program.source, "limits": limits}).encode()
-        file = os.memfd_create("tests")
+        file, (reader, writer) = os.memfd_create("tests"), os.pipe()
         try:
             write_all(file, tests.encode())
             self.link.settimeout(seconds)
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file]))]
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [file, writer]))]
             self.link.sendmsg([struct.pack("=I", len(request))], rights)
+            os.close(writer)
+            writer = -1
             self.link.sendall(request)
             self.served += 1
-            return receive(self.link)
+            said = read_all(reader, seconds)
+            return receive(self.link) | {"judge": verdict_of(said)}
         finally:
-            os.close(file)
+            for descriptor in (file, reader, writer):
+                if descriptor >= 0:
+                    os.close(descriptor)
 
     def stop(self) -> None:
         self.link.close()
@@ -235,6 +244,27 @@ def write_all(descriptor: int, content: bytes) -> None:
     view = memoryview(content)
     while view:
         view = view[os.write(descriptor, view) :]
+
+
+def read_all(descriptor: int, seconds: float) -> bytes:
+    """What a judge writes until it has gone. Raises: EOFError if it takes longer, or writes more than a message."""
+    content, end = b"", time.monotonic() + seconds
+    while True:
+        ready, _, _ = select.select([descriptor], [], [], max(0.0, end - time.monotonic()))
+        if not ready or len(content) > MAX_MESSAGE:
+            raise EOFError
+        part = os.read(descriptor, 1 << 16)
+        if not part:
+            return content
+        content += part
+
+
+def verdict_of(content: bytes) -> dict[str, Any] | None:
+    """What the judge said; None if it did not finish."""
+    if len(content) < 4 or len(content) != 4 + struct.unpack("=I", content[:4])[0]:
+        return None
+    found = json.loads(content[4:])
+    return found if isinstance(found, dict) else None
 
 
 def receive(link: socket.socket) -> dict[str, Any]:

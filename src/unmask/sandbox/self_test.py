@@ -33,6 +33,9 @@ ATTACKS = {
     "start a process": "os.fork(); return 'done'",
     "run another program": "os.execv('/bin/true', ['true']); return 'done'",
     "signal its parent": "os.kill(os.getppid(), signal.SIGCONT); return 'done'",
+    "signal its parent by way of a socket": (
+        "import fcntl; a, b = socket.socketpair(); fcntl.fcntl(a, 8, os.getppid()); return 'done'"
+    ),
     "trace its parent": "return 'done' if ctypes.CDLL(None).ptrace(16, os.getppid(), 0, 0) == 0 else ''",
     "raise a limit": "resource.setrlimit(resource.RLIMIT_NOFILE, (1024, 1024)); return 'done'",
     "use /dev/shm": "os.open('/dev/shm/unmask', os.O_CREAT | os.O_RDWR); return 'done'",

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from unmask.errors import RewardError
 from unmask.types import Status
 
 
@@ -73,8 +74,12 @@ class Sandbox(Protocol):
 
 
 def classify(answer: dict[str, Any], program: Program) -> Verdict:
-    """From what the supervisor reports: pass > forbidden > timeout > out of memory > error > fail."""
+    """From what the supervisor and the judge report: pass > forbidden > timeout > out of memory > error > fail."""
     judge, child = answer["judge"] or {}, answer["candidate"]
+    if "broken" in judge:
+        raise RewardError(
+            f"the tests of a program cannot be used: their helpers fail ({judge['broken']}). Mend the row."
+        )
     passed = tuple(bool(value) for value in judge.get("passed", ()))[: len(program.tests)]
     reason = str(judge.get("reason", ""))
     loaded = bool(judge.get("loaded"))

@@ -15,7 +15,10 @@ _NUMBER = re.compile(r"[-+]?(?:[0-9]{1,3}(?:,[0-9]{3})+|[0-9]+)(?:\.[0-9]*)?|[-+
 _PLAIN = re.compile(r"([-+]?)([0-9]*)(?:\.([0-9]*))?", re.ASCII)
 _THOUSANDS = re.compile(r"[-+]?[0-9]{1,3}(?:,[0-9]{3})+(?:\.[0-9]*)?", re.ASCII)
 _FRACTION = re.compile(r"([-+]?)\\[dt]?frac(?:\{([^{}]*)\}\{([^{}]*)\}|([0-9])([0-9]))", re.ASCII)
-_UNIT = re.compile(r"(?:\\text|\\mathrm|\\mbox)\{[^{}]*\}$|(?<=[0-9.}])\s*[A-Za-z][A-Za-z. ]*$", re.ASCII)
+_UNIT = re.compile(r"(?:\\text|\\mathrm|\\mbox)\{([^{}]*)\}$|(?<=[0-9.}])\s+([A-Za-z]{2}[A-Za-z. ]*)$", re.ASCII)
+_NO_UNITS = frozenset(
+    ("or", "and", "not", "no", "than", "less", "more", "half", "dozen", "hundred", "thousand", "million", "billion")
+)
 _CURRENCY = ("\\$", "$", "£", "€")
 
 
@@ -92,14 +95,14 @@ def last_number(text: str) -> str | None:
 # ---- which number
 
 
-def parse_number(text: str) -> Fraction | None:
+def parse_number(text: str, *, has_units: bool = True) -> Fraction | None:
     """The exact value of a number as people and models write it, or None.
 
     Read: sign, thousands commas (well placed), decimals, a/b, \\frac{a}{b}; around it white space, $...$, a currency
     sign, a percent sign (a unit, not a factor), a word for the unit, \\text{...} and a full stop. Not read: two
     numbers, an equation, a sum, an interval, scientific notation.
     """
-    text = _bare(text)
+    text = _bare(text, has_units)
     match = _FRACTION.fullmatch(text)
     if match:
         sign, above, below = match[1], match[2] or match[4] or "", match[3] or match[5] or ""
@@ -110,7 +113,7 @@ def parse_number(text: str) -> Fraction | None:
     return _decimal(text)
 
 
-def _bare(text: str) -> str:
+def _bare(text: str, has_units: bool) -> str:
     """Without what may stand around a number."""
     if len(text) > 20 * MAX_DIGITS:
         return ""
@@ -120,7 +123,9 @@ def _bare(text: str) -> str:
             text = text[len(left) : -len(right)].strip()
     text = text.replace("{,}", ",").replace("\\,", "").replace("\\!", "").replace("\\ ", " ").replace("−", "-")
     text = text.removesuffix(".").rstrip()
-    text = _UNIT.sub("", text).rstrip()
+    unit = _UNIT.search(text) if has_units else None
+    if unit and not _NO_UNITS & set((unit[1] or unit[2] or "").lower().replace(".", " ").split()):
+        text = text[: unit.start()].rstrip()
     for mark in ("\\%", "%"):
         text = text.removesuffix(mark).rstrip()
     sign = text[:1] if text[:1] in ("-", "+") else ""

@@ -86,7 +86,7 @@ class Mathematics(QuestionTask):
 
     def _answer(self, completion: str, boxes: list[str]) -> str | None:
         if self.parser == "strict":
-            return boxes[0] if len(boxes) == 1 else None
+            return boxes[0] if len(boxes) == 1 and not boxed(boxes[0]) else None
         return next(
             (t for t in (boxes[-1] if boxes else None, last_answer(completion), last_number(completion)) if t), None
         )
@@ -95,7 +95,7 @@ class Mathematics(QuestionTask):
         """Cheap comparisons first: they settle most answers."""
         if tidy(gold) == tidy(answer):
             return Status.CORRECT
-        numbers = parse_number(gold), parse_number(answer)
+        numbers = parse_number(gold, has_units=False), parse_number(answer, has_units=False)
         if None not in numbers:
             return Status.CORRECT if numbers[0] == numbers[1] else Status.WRONG
         value = assigned(gold, answer)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import builtins
 import json
 import os
+import sys
+import types
 from typing import Any
 
 from channel import receive, send
@@ -20,7 +22,10 @@ class Candidate:
 
     def __init__(self, descriptor: int):
         self.descriptor = descriptor
-        self.names: dict[str, Any] = {"__name__": "solution", "__builtins__": builtins}
+        module = types.ModuleType("solution")  # dataclasses look for the module of a class
+        sys.modules["solution"] = module
+        self.names: dict[str, Any] = vars(module)
+        self.names["__builtins__"] = builtins
         self.kept: list[Any] = []
         self.encoder = Encoder(self.keep)
 

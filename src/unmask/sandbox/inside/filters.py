@@ -26,7 +26,7 @@ SAFE = [
     "rt_sigaction", "rt_sigprocmask", "rt_sigreturn", "pread64", "pwrite64", "readv", "writev", "preadv", "pwritev",
     "access", "pipe", "pipe2", "select", "sched_yield", "mremap", "madvise", "dup", "dup2", "dup3", "pause",
     "nanosleep", "getitimer", "alarm", "setitimer", "getpid", "recvfrom", "sendmsg", "recvmsg", "shutdown",
-    "getsockname", "getpeername", "setsockopt", "getsockopt", "exit", "wait4", "waitid", "uname", "fcntl", "flock",
+    "getsockname", "getpeername", "getsockopt", "exit", "wait4", "waitid", "uname",
     "fsync", "fdatasync", "getdents", "getdents64", "getcwd", "readlink", "readlinkat", "umask", "gettimeofday",
     "getrlimit", "getrusage", "sysinfo", "times", "getuid", "getgid", "geteuid", "getegid", "getppid", "getpgrp",
     "getgroups", "getresuid", "getresgid", "getpgid", "getsid", "rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend",
@@ -39,6 +39,7 @@ SAFE = [
 ]  # fmt: skip
 
 REFUSED = [
+    "flock", "setsockopt", "socket",
     "truncate", "ftruncate", "rename", "renameat", "renameat2", "mkdir", "mkdirat", "rmdir", "creat", "link",
     "linkat", "unlink", "unlinkat", "symlink", "symlinkat", "chmod", "fchmod", "fchmodat", "fchmodat2", "chown",
     "fchown", "lchown", "fchownat", "utime", "utimes", "futimesat", "utimensat", "mknod", "mknodat", "setpgid",
@@ -54,6 +55,8 @@ _THREAD = 0x00010000
 _NAMESPACES = 0x7E020000
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND  # O_TMPFILE would hold O_DIRECTORY
 _HARMLESS_IOCTLS = (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONBIO FIONREAD FIO(N)CLEX
+_HARMLESS_FCNTLS = (0, 1, 2, 3, 1030)  # F_DUPFD F_GETFD F_SETFD F_GETFL F_DUPFD_CLOEXEC
+_SET_FLAGS, _ASYNC = 4, 0x2000
 _SET_NAME, _UNIX, _STREAM, _TYPE = 15, 1, 1, 0xF
 
 
@@ -76,6 +79,15 @@ def _if_null(argument: int, otherwise: int) -> list[Instruction]:
     return [
         _load(argument), (_EQUAL, 0, 2, 0), _load(argument, high=True), (_EQUAL, 1, 0, 0), _return(otherwise),
         _return(ALLOW),
+    ]  # fmt: skip
+
+
+def _descriptor_flags() -> list[Instruction]:
+    """fcntl: copies and flags of descriptors. Not who is told about them: that would be a way to send signals."""
+    tests = [(_EQUAL, 10 - place, 0, value) for place, value in enumerate(_HARMLESS_FCNTLS)]
+    return [
+        _load(1), *tests, (_EQUAL, 1, 0, _SET_FLAGS), _return(ERRNO | errno.EPERM), _load(2), (_AND, 0, 0, _ASYNC),
+        (_EQUAL, 1, 0, 0), _return(ERRNO | errno.EPERM), _return(ALLOW),
     ]  # fmt: skip
 
 
@@ -105,6 +117,7 @@ def base_filter() -> list[Instruction]:
     program += _rule("open", _when(1, _WRITING, [0], ERRNO | errno.EROFS))
     program += _rule("openat", _when(2, _WRITING, [0], ERRNO | errno.EROFS))
     program += _rule("ioctl", _when(1, 0xFFFFFFFF, _HARMLESS_IOCTLS, ERRNO | errno.ENOTTY))
+    program += _rule("fcntl", _descriptor_flags())
     program += _rule("sendto", _if_null(4, KILL))
     program += _rule("socketpair", [
         _load(0), (_EQUAL, 1, 0, _UNIX), _return(KILL), _load(1), (_AND, 0, 0, _TYPE), (_EQUAL, 1, 0, _STREAM),

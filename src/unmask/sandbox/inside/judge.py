@@ -94,7 +94,9 @@ class Proxy(Handle):
 def exception(name: str, text: str) -> Exception:
     """One of Python's own exceptions; any other name is a RuntimeError."""
     kind = getattr(builtins, name, None)
-    is_own = isinstance(kind, type) and issubclass(kind, Exception)
+    # one that ends a loop would end the test's own loop, and so pass it
+    ends_loops = name in ("StopIteration", "StopAsyncIteration")
+    is_own = isinstance(kind, type) and issubclass(kind, Exception) and not ends_loops
     try:
         return kind(text) if is_own else RuntimeError(f"{name}: {text}")  # type: ignore[misc]
     except Exception:  # UnicodeDecodeError and the like want more than a text
@@ -112,7 +114,10 @@ def run(link: Link, task: dict[str, Any]) -> dict[str, Any]:
         return found | {"reason": describe(error)}
     found["loaded"] = True
     names: dict[str, Any] = {"__name__": "tests", "__builtins__": builtins}
-    exec(compile(task.get("helpers", ""), "<helpers>", "exec", dont_inherit=True), names)
+    try:
+        exec(compile(task.get("helpers", ""), "<helpers>", "exec", dont_inherit=True), names)
+    except Exception as error:
+        return found | {"broken": describe(error)}
     names |= {name: Function(link, name) for name in task["names"]}
     try:
         exec(compile(task.get("setup", ""), "<setup>", "exec", dont_inherit=True), names)

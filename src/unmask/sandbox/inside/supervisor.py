@@ -39,18 +39,16 @@ def main() -> None:
     level = settings["level"]
     if level == "landlock":
         level = f"landlock(ABI {landlock.restrict(settings['readable'])})"
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # waited for, see watch()
     gc.collect()
     gc.freeze()
     filters.install(filters.base_filter())
     send(link.fileno(), json.dumps({"ready": f"{level}+seccomp"}).encode())
     while True:
-        request, tests = receive_task(link)
-        try:
-            answer = serve(request, tests, link.fileno())
-        finally:
-            os.close(tests)
+        request, tests, result = receive_task(link)
+        answer = serve(request, tests, result)
         send(link.fileno(), json.dumps(answer).encode())
-        del request
+        del request, answer
 
 
 def preload(names: list[str]) -> None:
@@ -62,9 +60,10 @@ def preload(names: list[str]) -> None:
             continue
 
 
-def receive_task(link: socket.socket) -> tuple[dict, int]:
-    """The request and the descriptor of the tests. Ends the process when the trainer has gone."""
-    head, ancillary, _, _ = link.recvmsg(4, socket.CMSG_SPACE(4))
+def receive_task(link: socket.socket) -> tuple[dict, int, int]:
+    """The request, the descriptor of the tests, and that of a pipe to the trainer for what the judge says: neither is
+    read here, where a later program might find it. Ends the process when the trainer has gone."""
+    head, ancillary, _, _ = link.recvmsg(4, socket.CMSG_SPACE(8))
     if len(head) < 4:
         os._exit(0)
     (length,) = struct.unpack("=I", head)
@@ -77,13 +76,12 @@ def receive_task(link: socket.socket) -> tuple[dict, int]:
     descriptors = array.array("i")
     for _level, _type, data in ancillary:
         descriptors.frombytes(data[: len(data) - len(data) % 4])
-    return json.loads(content), descriptors[0]
+    return json.loads(content), descriptors[0], descriptors[1]
 
 
-def serve(request: dict, tests: int, trainer: int) -> dict:
-    """Run one program against its tests: what the judge said, and how both processes ended."""
+def serve(request: dict, tests: int, result: int) -> dict:
+    """Run one program against its tests: how both processes ended. The judge tells the trainer itself."""
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    reader, writer = os.pipe()
     ours, theirs = near.detach(), far.detach()
     limits = request["limits"]
     program = os.fork()
@@ -92,27 +90,23 @@ def serve(request: dict, tests: int, trainer: int) -> dict:
     tester = os.fork()
     if not tester:
         request["source"] = ""
-        keep = [ours, tests, writer]
-        start(ours, limits | {"memory": limits["judge_memory"]}, lambda _: judge.main(*keep), keep)
-    for descriptor in (ours, theirs, writer):
+        keep = [ours, tests, result]
+        own = limits | {"memory": limits["judge_memory"], "cpu": limits["wall"]}
+        start(ours, own, lambda _: judge.main(*keep), keep)
+    for descriptor in (ours, theirs, tests, result):
         os.close(descriptor)
-    ended = watch(program, reader, limits)
+    ended = watch(program, tester, limits)
     for child in (program, tester):
-        try:
-            os.kill(child, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-    verdict = drain(reader)
-    os.close(reader)
-    return {"judge": verdict, "ended": ended, "candidate": reap(program), "tester": reap(tester)}
+        os.kill(child, signal.SIGKILL)  # not reaped yet, so the number is still its own
+    return {"ended": ended, "candidate": reap(program), "tester": reap(tester)}
 
 
 def start(descriptor: int, limits: dict, body, keep: list[int] | None = None) -> None:
     """In a child: close everything else, set limits, give up the right to start processes, and go."""
     try:
-        null = os.open(os.devnull, os.O_RDONLY)
-        for standard in (0, 1, 2):
-            os.dup2(null, standard)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(1, 2)  # both are /dev/null, opened for writing before there was a filter
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
         close_others([0, 1, 2, *(keep or [descriptor])])
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         set_limits(limits)
@@ -141,16 +135,14 @@ def set_limits(limits: dict) -> None:
         resource.setrlimit(name, (value, value))
 
 
-def watch(program: int, result: int, limits: dict) -> str:
-    """Until the judge has written and gone, or time is up: "done", "cpu" or "wall"."""
-    import select
-
+def watch(program: int, tester: int, limits: dict) -> str:
+    """Until the judge has gone, or time is up: "done", "cpu" or "wall"."""
     clock = (~program << 3) | 2  # the CPU clock of another process, see clock_getcpuclockid
     end = time.monotonic() + limits["wall"]
     while True:
-        ready, _, _ = select.select([result], [], [], POLL_SECONDS)
-        if ready:
+        if os.waitid(os.P_PID, tester, os.WEXITED | os.WNOHANG | os.WNOWAIT):
             return "done"
+        signal.sigtimedwait([signal.SIGCHLD], POLL_SECONDS)
         try:
             if time.clock_gettime(clock) >= limits["cpu"]:
                 return "cpu"
@@ -158,16 +150,6 @@ def watch(program: int, result: int, limits: dict) -> str:
             pass
         if time.monotonic() >= end:
             return "wall"
-
-
-def drain(reader: int) -> dict | None:
-    """What the judge wrote; None if it did not finish a message."""
-    content = b""
-    while part := os.read(reader, 1 << 16):
-        content += part
-    if len(content) < 4 or len(content) != 4 + struct.unpack("=I", content[:4])[0]:
-        return None
-    return json.loads(content[4:])
 
 
 def reap(child: int) -> dict:

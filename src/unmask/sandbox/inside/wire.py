@@ -25,6 +25,13 @@ MAX_INT_BITS = 1 << 17
 _EXACT = 1 << 53
 
 
+TYPES: dict[str, type] = {
+    kind.__name__: kind
+    for kind in (int, str, float, bool, list, tuple, dict, set, frozenset, bytes, complex, range, object)
+}
+"""Types that may be arguments."""
+
+
 class WireError(Exception):
     """A value that cannot be sent, or bytes that are no value."""
 
@@ -47,7 +54,7 @@ class Encoder:
         return json.dumps(self.tree(value, 0), allow_nan=False, ensure_ascii=True)
 
     def tree(self, value: Any, depth: int) -> Any:
-        self.parts += 1
+        self.parts = self.parts + 1 if depth else 1  # of one value, not of all that were sent
         if depth > MAX_DEPTH or self.parts > MAX_PARTS:
             raise WireError("a value is nested too deeply or has too many parts")
         kind = type(value)
@@ -82,6 +89,8 @@ class Encoder:
             return {"n": [self.tree(value.numerator, depth + 1), self.tree(value.denominator, depth + 1)]}
         if isinstance(value, Decimal):
             return {"m": str(value)}
+        if isinstance(value, type) and TYPES.get(value.__name__) is value:
+            return {"k": value.__name__}
         return self._other(value, depth)
 
     def _other(self, value: Any, depth: int) -> Any:
@@ -169,6 +178,7 @@ class _Decoder:
                 raise WireError("an integer is too long")
             return int(content, 16)
         simple: dict[str, Callable[[str], Any]] = {
+            "k": TYPES.__getitem__,
             "f": float, "m": Decimal, "b": bytes.fromhex, "y": bytearray.fromhex,
             "u": lambda hexadecimal: bytes.fromhex(hexadecimal).decode("utf-16-le", "surrogatepass"),
         }  # fmt: skip
