@@ -67,13 +67,17 @@ def scorers():
             yield TASKS["gsm8k"](prompt=prompt, parser=parser, reward=reward), Example(0, "", {"answer": "1,250"})
 
 
-def check(task, example, texts, *, seconds):
+def num_judged(task, example, texts, *, seconds):
+    """How many were judged: with a status, a bounded reward, facts that can be logged, and in time."""
+    judged = 0
     for text in texts:
         began = time.process_time()
         (score,) = judge(task, [example], [text])
         assert time.process_time() - began < seconds, (text[:80], len(text))
         assert score.status and -1001 * len(text) <= score.value <= 4
         json.dumps(dict(score.facts))
+        judged += 1
+    return judged
 
 
 def texts(count, seed):
@@ -84,14 +88,14 @@ def texts(count, seed):
 @pytest.mark.parametrize("number", range(len(list(scorers()))))
 def test_fuzzed_completions_are_judged(number):
     task, example = list(scorers())[number]
-    check(task, example, texts(300, number), seconds=5)
+    assert num_judged(task, example, texts(300, number), seconds=5) == 300
 
 
 def test_fuzzed_answers_of_math():
     pytest.importorskip("math_verify")
     task = TASKS["math"](parser="lenient", reward="d1", deadline=1.0)
     for gold in ("42", "\\frac{x}{2}"):
-        check(task, Example(0, "", {"answer": gold}), texts(60, 99), seconds=5)
+        assert num_judged(task, Example(0, "", {"answer": gold}), texts(60, 99), seconds=5) == 60
     task.verifier.close()
 
 
@@ -109,17 +113,17 @@ TEST_ROW = {"question": "", "tests": ["assert f(1) == 1"], "setup": "", "helpers
 
 
 def test_fuzzed_programs(code):
-    check(code, Example(0, "", TEST_ROW), texts(100, 7), seconds=5)
+    assert num_judged(code, Example(0, "", TEST_ROW), texts(100, 7), seconds=5) == 100
 
 
 @pytest.mark.slow
 def test_ten_thousand_fuzzed_completions(code):
     for number, (task, example) in enumerate(scorers()):
-        check(task, example, texts(10_000, 1000 + number), seconds=10)
+        assert num_judged(task, example, texts(10_000, 1000 + number), seconds=10) == 10_000
     math = TASKS["math"](parser="lenient", deadline=1.0)
-    check(math, Example(0, "", {"answer": "x+1"}), texts(1_000, 5), seconds=10)
+    assert num_judged(math, Example(0, "", {"answer": "x+1"}), texts(1_000, 5), seconds=10) == 1_000
     math.verifier.close()
-    check(code, Example(0, "", TEST_ROW), texts(1_000, 6), seconds=10)
+    assert num_judged(code, Example(0, "", TEST_ROW), texts(1_000, 6), seconds=10) == 1_000
 
 
 def test_the_fuzzer_makes_what_it_should():

@@ -13,7 +13,8 @@ import torch
 from unmask.errors import ConfigError, DataError
 from unmask.noise import Noise
 from unmask.tasks import TASKS
-from unmask.tasks.sudoku import SPLITS, Sudoku, parse_answer
+from unmask.tasks.common import SPLITS
+from unmask.tasks.sudoku import Sudoku, parse_answer
 from unmask.tasks.sudoku_files import read_puzzles, scored_puzzles
 from unmask.tasks.sudoku_grids import (
     GENERATOR_VERSION,

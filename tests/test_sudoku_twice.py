@@ -9,7 +9,7 @@ import torch
 
 from unmask.errors import ConfigError
 from unmask.tasks import TASKS
-from unmask.tasks.sudoku import SPLITS
+from unmask.tasks.common import SPLITS
 from unmask.tasks.sudoku_grids import all_grids, completions, from_text, split_grids, to_text
 from unmask.tasks.sudoku_twice import SudokuTwice, parse_grids, right_solutions, right_units
 from unmask.types import Example, Status

@@ -12,6 +12,7 @@ from unmask.demonstrations import messages
 from unmask.errors import DataError
 from unmask.models import MaskedPolicy
 from unmask.preferences import preference
+from unmask.rows import prompt_of
 
 SHOWN_PROBLEMS = 10
 
@@ -110,7 +111,7 @@ def read_demonstration(row: Any, number: int, where: str) -> tuple[Any, dict[str
     if isinstance(row, Mapping) and "messages" in row:
         turns = messages(row["messages"], where)
         return turns[:-1], {"completion": turns[-1]["content"]}
-    prompt, _ = read_prompt(row, number, where)
+    prompt = prompt_of(row, where)
     completion = row["completion"]
     if isinstance(completion, str) and completion:
         return prompt, {"completion": completion}
@@ -118,12 +119,7 @@ def read_demonstration(row: Any, number: int, where: str) -> tuple[Any, dict[str
 
 
 def read_prompt(row: Any, number: int, where: str) -> tuple[Any, dict[str, str]]:
-    prompt = row.get("prompt") if isinstance(row, Mapping) else None
-    if isinstance(prompt, str) and prompt:
-        return prompt, {}
-    if isinstance(prompt, list) and prompt:
-        return messages(prompt, where), {}
-    raise DataError(f"{where}: has no prompt. Give a text, or a list of messages with role and content.")
+    return prompt_of(row, where), {}
 
 
 def render(prompt: Any, policy: MaskedPolicy | None) -> str:

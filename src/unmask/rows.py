@@ -59,6 +59,20 @@ def _rows_of(source: str, split: str, key: str, stamp: tuple[int, ...]) -> tuple
     return tuple(read_rows(source, split, key))
 
 
+def prompt_of(row: Any, where: str) -> str | list[dict[str, str]]:
+    """The prompt of a row: a text, or messages with role and content. Raises: DataError if there is none."""
+    prompt = row.get("prompt") if isinstance(row, Mapping) else None
+    if isinstance(prompt, str) and prompt:
+        return prompt
+    if isinstance(prompt, list) and prompt and all(_is_turn(turn) for turn in prompt):
+        return [dict(turn) for turn in prompt]
+    raise DataError(f"{where}: has no prompt. Give a text, or a list of messages with role and content.")
+
+
+def _is_turn(turn: Any) -> bool:
+    return isinstance(turn, Mapping) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+
+
 def read_text(file: Path, key: str = "data.file") -> str:
     """The content of a data file, unpacked if its name ends with .gz.
 

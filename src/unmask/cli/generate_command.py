@@ -21,7 +21,7 @@ from unmask.cli.eval_command import check_output
 from unmask.cli.view import open_view
 from unmask.errors import ConfigError, DataError
 from unmask.noise import Noise
-from unmask.rows import read_rows
+from unmask.rows import prompt_of, read_rows
 from unmask.runs import write_atomic
 from unmask.types import PromptBatch, take_rows
 
@@ -82,10 +82,7 @@ def prompts(source: str, split: str) -> list[dict]:
     """Rows with a prompt. Raises: DataError with the place of the first row without one."""
     found = []
     for where, row in read_rows(source, split, "FILE"):
-        prompt = row.get("prompt") if isinstance(row, dict) else None
-        is_chat = isinstance(prompt, list) and prompt and all(isinstance(t, dict) and "content" in t for t in prompt)
-        if not (is_chat or (isinstance(prompt, str) and prompt)):
-            raise DataError(f"{where}: has no prompt. Give a text, or a list of messages with role and content.")
+        prompt_of(row, where)
         found.append(dict(row))
     if not found:
         raise DataError(f"{source}: holds no rows. Give one JSON object per line with a prompt.")

@@ -104,7 +104,10 @@ class LocalSandbox:
         self._all: list[Worker] = []
         first = self._start()
         self.level = first.level
-        made = weaknesses(lambda program: classify(first.ask(program, START_SECONDS), program))
+        try:
+            made = weaknesses(lambda program: classify(first.ask(program, START_SECONDS), program))
+        except (OSError, EOFError):
+            made = ["end the process that confines it"]
         if made:
             self.close()
             raise SandboxUnavailable(
@@ -163,14 +166,13 @@ class LocalSandbox:
         worker.stop()
 
 
-def start_worker(packages: Sequence[str], level: str = "landlock") -> Worker:
+def start_worker(packages: Sequence[str]) -> Worker:
     """A supervisor that is confined and has said so. Raises: SandboxUnavailable with what the kernel said."""
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"programs are confined on Linux alone, this is {sys.platform}. Use a remote sandbox.")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     folders = package_folders(packages)
     settings = {
-        "level": level,
         "readable": readable_paths(folders),
         "packages": folders,
         "preload": [*PRELOAD, *packages],

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from unmask.errors import ConfigError
 from unmask.sandbox.pool import LocalSandbox
 from unmask.sandbox.verdicts import Limits, Program, Sandbox, Verdict
+from unmask.tasks.common import require_at_least, require_choices
 from unmask.tasks.prompts import PromptStyle
 from unmask.tasks.questions import QuestionTask
 from unmask.types import Example, Score, Status
@@ -56,12 +56,8 @@ class Code(QuestionTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reward not in REWARDS:
-            raise ConfigError(f"task.reward = {self.reward!r}: unknown. Use one of: {', '.join(REWARDS)}.")
-        if not 0 < self.cpu_seconds < 1e4 or self.memory_mib < 64 or self.num_workers < 1:
-            raise ConfigError(
-                "task.cpu_seconds above 0, task.memory_mib from 64 and task.num_workers from 1 are needed."
-            )
+        require_choices(self, reward=REWARDS)
+        require_at_least(self, cpu_seconds=0.1, memory_mib=64, num_workers=1)
 
     def read_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Columns beside question and solution: tests, setup, helpers, names (see `Program`) and task_id."""

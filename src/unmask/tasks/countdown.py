@@ -15,12 +15,9 @@ from unmask.noise import Noise
 from unmask.rows import read_rows
 from unmask.tasks.answers import boxed, last_answer
 from unmask.tasks.arithmetic import MAX_CHARACTERS, is_solvable, parse_expression
+from unmask.tasks.common import first_id, held_out, require_choices, require_counts
 from unmask.tasks.prompts import XML_INSTRUCTION, PromptStyle
 from unmask.types import Example, Score, Status
-
-SPLITS = ("train", "validation", "test")
-IDS_PER_SPLIT = 10_000_000
-"""Example ids: the row within the split, plus this much for each split before it."""
 
 # d1 (arXiv:2504.12216), and ESPO (arXiv:2512.03759) after it
 _D1_PROMPT = (
@@ -78,14 +75,10 @@ class Countdown:
                 f"task.prompt = {self.prompt!r}: use one of {', '.join(PROMPTS)}, or a text with {{numbers}} and "
                 "{target}."
             )
-        for name, known in (("reward", REWARDS), ("parser", PARSERS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"task.{name} = {getattr(self, name)!r}: unknown. Use one of: {', '.join(known)}.")
+        require_choices(self, reward=REWARDS, parser=PARSERS)
         if not 3 <= self.num_numbers <= 5:
             raise ConfigError(f"task.num_numbers = {self.num_numbers}: 3, 4 or 5 are possible.")
-        for name in ("num_train", "num_validation", "num_test"):
-            if not 1 <= getattr(self, name) <= IDS_PER_SPLIT:
-                raise ConfigError(f"task.{name} = {getattr(self, name)}: from 1 to {IDS_PER_SPLIT} are possible.")
+        require_counts(self, "num_train", "num_validation", "num_test")
 
     @property
     def gen_length(self) -> int | None:
@@ -99,9 +92,7 @@ class Countdown:
 
     def examples(self, split: str) -> list[Example]:
         """The instances of "train", "validation" or "test". Columns: `numbers` (list of int) and `target` (int)."""
-        if split not in SPLITS:
-            raise ConfigError(f"unknown split {split!r} of countdown. Known: {', '.join(SPLITS)}.")
-        offset = SPLITS.index(split) * IDS_PER_SPLIT
+        offset = first_id(split, "countdown")
         return [self._example(offset + row, list(n), t) for row, (n, t) in enumerate(self._instances(split))]
 
     def score(self, example: Example, completion: str) -> Score:
@@ -152,12 +143,7 @@ class Countdown:
             return rows
         if self.only_num_numbers:
             rows = [row for row in rows if len(row[0]) == self.num_numbers]
-        if len(rows) <= self.num_validation:
-            raise ConfigError(
-                f"task.num_validation = {self.num_validation}: {given} has {len(rows)} rows, and validation takes the "
-                "last of them. Use fewer."
-            )
-        return rows[: -self.num_validation] if split == "train" else rows[-self.num_validation :]
+        return list(held_out(rows, split, self.num_validation, given))
 
 
 def plain(answer: str) -> str:

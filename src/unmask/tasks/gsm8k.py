@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
-from unmask.errors import ConfigError
 from unmask.tasks.answers import after_hash, boxed, last_answer, last_number, parse_number
+from unmask.tasks.common import require_choices
 from unmask.tasks.prompts import BOXED_INSTRUCTION, D1_BOXED_SYSTEM, XML_INSTRUCTION, PromptStyle
 from unmask.tasks.questions import QuestionTask
 from unmask.tasks.tags import SOFT, STRICT, soft_format, strict_format, tag_count
@@ -41,9 +41,7 @@ class GSM8K(QuestionTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, known in (("reward", REWARDS), ("parser", PARSERS)):
-            if getattr(self, field) not in known:
-                raise ConfigError(f"task.{field} = {getattr(self, field)!r}: unknown. Use one of: {', '.join(known)}.")
+        require_choices(self, reward=REWARDS, parser=PARSERS)
 
     def read_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         answer = after_hash(row["answer"])

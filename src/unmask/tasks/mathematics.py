@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
-from unmask.errors import ConfigError
 from unmask.sandbox.math_check import MathVerifier, is_bounded
 from unmask.tasks.answers import boxed, last_answer, last_number, parse_number
+from unmask.tasks.common import require_at_least, require_choices
 from unmask.tasks.prompts import BOXED_INSTRUCTION, D1_BOXED_SYSTEM, XML_INSTRUCTION, PromptStyle
 from unmask.tasks.questions import QuestionTask
 from unmask.types import Example, Score, Status
@@ -53,11 +53,8 @@ class Mathematics(QuestionTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for field, known in (("reward", REWARDS), ("parser", PARSERS)):
-            if getattr(self, field) not in known:
-                raise ConfigError(f"task.{field} = {getattr(self, field)!r}: unknown. Use one of: {', '.join(known)}.")
-        if not (self.num_workers >= 1 and 0 < self.deadline < float("inf")):
-            raise ConfigError("task.num_workers and task.deadline: at least one process and a time above 0 s.")
+        require_choices(self, reward=REWARDS, parser=PARSERS)
+        require_at_least(self, num_workers=1, deadline=0.1)
 
     def read_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         boxes = boxed(row["solution"])

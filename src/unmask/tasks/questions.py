@@ -8,12 +8,9 @@ from typing import Any, ClassVar
 
 from unmask.errors import ConfigError, DataError
 from unmask.rows import cached_rows
+from unmask.tasks.common import LeavesLengthToSampler, first_id, held_out, require_at_least
 from unmask.tasks.prompts import Messages, PromptStyle
 from unmask.types import Example
-
-SPLITS = ("train", "validation", "test")
-IDS_PER_SPLIT = 10_000_000
-"""Example ids: the row within the split, plus this much for each split before it."""
 
 
 def one_line(error: Exception) -> str:
@@ -22,7 +19,7 @@ def one_line(error: Exception) -> str:
 
 
 @dataclass(frozen=True)
-class QuestionTask:
+class QuestionTask(LeavesLengthToSampler):
     """Questions from a file or the hub. Validation is the end of the training rows; test rows are never trained on."""
 
     prompt: str = "d1"
@@ -46,19 +43,7 @@ class QuestionTask:
             raise ConfigError(
                 f"task.prompt = {self.prompt!r}: use one of {', '.join(self.prompts)}, or a text with {{question}}."
             )
-        for field, least in (("num_shots", 0), ("num_validation", 1)):
-            if getattr(self, field) < least:
-                raise ConfigError(f"task.{field} = {getattr(self, field)}: must be at least {least}.")
-
-    @property
-    def gen_length(self) -> int | None:
-        """None: the length is the sampler's to say."""
-        return None
-
-    @property
-    def num_steps(self) -> int | None:
-        """None: the steps are the sampler's to say."""
-        return None
+        require_at_least(self, num_shots=0, num_validation=1)
 
     def source(self, split: str) -> str:
         """Where a split comes from, as evaluation rows name it."""
@@ -67,9 +52,7 @@ class QuestionTask:
 
     def examples(self, split: str) -> list[Example]:
         """The questions of "train", "validation" or "test", with the columns of `read_row`."""
-        if split not in SPLITS:
-            raise ConfigError(f"unknown split {split!r} of {self.name}. Known: {', '.join(SPLITS)}.")
-        offset, style, shots = SPLITS.index(split) * IDS_PER_SPLIT, self._style, self._shots()
+        offset, style, shots = first_id(split, self.name), self._style, self._shots()
         return [
             Example(offset + row, style.render({"question": columns["question"]}, shots), columns)
             for row, columns in self._rows(split)
@@ -78,10 +61,6 @@ class QuestionTask:
     def read_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Columns `question`, `solution` and `answer` of a row of the data. Raises: KeyError, TypeError, ValueError."""
         raise NotImplementedError
-
-    def stratum(self, example: Example) -> str:
-        """Reported apart: nothing."""
-        return ""
 
     @property
     def _style(self) -> PromptStyle:
@@ -92,12 +71,7 @@ class QuestionTask:
         rows = list(enumerate(self._read(self.source(split), "test" if split == "test" else "train")))
         if split == "test":
             return rows
-        if len(rows) <= self.num_validation + self.num_shots:
-            raise ConfigError(
-                f"task.num_validation = {self.num_validation}: {self.source(split)} has {len(rows)} rows, and "
-                f"validation takes the last of them{' and the prompt the first' if self.num_shots else ''}. Use fewer."
-            )
-        return rows[self.num_shots : -self.num_validation] if split == "train" else rows[-self.num_validation :]
+        return list(held_out(rows, split, self.num_validation, self.source(split), self.num_shots))
 
     def _read(self, source: str, split: str) -> Sequence[dict[str, Any]]:
         key = "task.data" if split == "test" else "task.train_data"

@@ -22,8 +22,6 @@ from typing import Any
 from unmask.errors import ConfigError
 
 SIGNATURES = ("trl", "verl")
-OPTIONAL_KEYWORDS = ("completion_ids", "trainer_state", "log_extra", "log_metric")
-"""Keywords of TRL that a function is given only if it takes them by name or takes all."""
 
 
 @dataclass
@@ -90,39 +88,39 @@ def _load_file(file: Path) -> Any:
     return module
 
 
-def call(function: Callable[..., Any], signature: str, batch: Batch, state: Any = None) -> Outcome:
+def call(function: Callable[..., Any], signature: str, batch: Batch) -> Outcome:
     """Call a function on a batch. If that fails, each row is called alone, so that only the guilty ones are lost."""
     outcome = Outcome([None] * len(batch))
     if signature == "verl":
-        _call_rows(function, signature, batch, state, outcome)
+        _call_rows(function, signature, batch, outcome)
         return outcome
     try:
-        outcome.values = _checked(_trl(function, batch, state, outcome), len(batch))
+        outcome.values = _checked(_trl(function, batch, outcome), len(batch))
     except Exception:
         outcome.metrics.clear()
         outcome.extras.clear()
-        _call_rows(function, signature, batch, state, outcome)
+        _call_rows(function, signature, batch, outcome)
     return outcome
 
 
-def _call_rows(function: Callable[..., Any], signature: str, batch: Batch, state: Any, outcome: Outcome) -> None:
+def _call_rows(function: Callable[..., Any], signature: str, batch: Batch, outcome: Outcome) -> None:
     for place in range(len(batch)):
         row = batch.row(place)
         try:
-            given = _verl(function, row) if signature == "verl" else _trl(function, row, state, outcome)
+            given = _verl(function, row) if signature == "verl" else _trl(function, row, outcome)
             (outcome.values[place],) = _checked(given, 1)
         except Exception as error:
             outcome.errors[place] = f"{type(error).__name__}: {error}"
 
 
-def _trl(function: Callable[..., Any], batch: Batch, state: Any, outcome: Outcome) -> Any:
+def _trl(function: Callable[..., Any], batch: Batch, outcome: Outcome) -> Any:
     is_chat = [isinstance(prompt, list) for prompt in batch.prompts]
     completions = [
         [{"role": "assistant", "content": text}] if chat else text
         for chat, text in zip(is_chat, batch.completions, strict=True)
     ]
     extra = {
-        "trainer_state": state,
+        "trainer_state": None,
         "log_extra": outcome.extras.__setitem__,
         "log_metric": outcome.metrics.__setitem__,
     }

@@ -7,7 +7,6 @@ a puzzle has several solutions, a quarter of d1's test file, and where an answer
 
 from __future__ import annotations
 
-import difflib
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from torch import Tensor, tensor
 from unmask.errors import ConfigError
 from unmask.noise import Noise
 from unmask.tasks.answers import last_answer
+from unmask.tasks.common import first_id, require_choice, require_choices, require_counts
 from unmask.tasks.sudoku_files import read_puzzles, scored_puzzles
 from unmask.tasks.sudoku_grids import (
     MAX_BLANKS,
@@ -31,10 +31,6 @@ from unmask.types import Example, Score, Status
 
 FORMS = ("digits", "lines", "tags")
 PARSERS = ("strict", "d1")
-SPLITS = ("train", "validation", "test")
-
-IDS_PER_SPLIT = 10_000_000
-"""Example ids: the row within the split, plus this much for each split before it."""
 
 _FACTS = ("accuracy", "match_accuracy", "cell_accuracy")
 
@@ -181,18 +177,14 @@ class Sudoku:
 
     def __post_init__(self) -> None:
         if "{puzzle}" not in self.prompt:
-            _require_known("prompt", self.prompt, PROMPTS, " A template must contain '{puzzle}'.")
-        _require_known("reward", self.reward, ("cells", "solved"))
-        _require_known("parser", self.parser, PARSERS)
-        _require_known("teacher", self.teacher, ("column_blind", "exact"))
+            require_choice("prompt", self.prompt, PROMPTS, " A template must contain '{puzzle}'.")
+        require_choices(self, reward=("cells", "solved"), parser=PARSERS, teacher=("column_blind", "exact"))
         if not 1 <= self.num_blanks <= MAX_BLANKS:
             raise ConfigError(
                 f"task.num_blanks = {self.num_blanks}: 1 to {MAX_BLANKS} are possible, as no puzzle with fewer than 4 "
                 f"givens has a unique solution. The recipes use 8."
             )
-        for name in ("num_train", "num_validation", "num_test", "num_demonstrations"):
-            if not 1 <= getattr(self, name) <= IDS_PER_SPLIT:
-                raise ConfigError(f"task.{name} = {getattr(self, name)}: from 1 to {IDS_PER_SPLIT} are possible.")
+        require_counts(self, "num_train", "num_validation", "num_test", "num_demonstrations")
         if isinstance(self.exclude, str):
             raise ConfigError(f"task.exclude = '{self.exclude}': a list of files is required. Put it in brackets.")
 
@@ -212,10 +204,7 @@ class Sudoku:
         Columns: `puzzle`, `solution` (strings of 16 digits) and `seen_grid`, whether the training split has a puzzle
         with this solution (for generated training puzzles: whether it is one of the 200 training grids).
         """
-        if split not in SPLITS:
-            raise ConfigError(f"unknown split '{split}' of sudoku. Known: {', '.join(SPLITS)}.")
-        seen = self._training_grids()
-        offset = SPLITS.index(split) * IDS_PER_SPLIT
+        offset, seen = first_id(split, "sudoku"), self._training_grids()
         return [
             Example(
                 id=offset + row,
@@ -333,11 +322,3 @@ def _as_lines(cells: str) -> str:
 
 def _ids(examples: Sequence[Example]) -> Tensor:
     return tensor([example.id for example in examples])
-
-
-def _require_known(name: str, value: str, known: Sequence[str] | dict[str, PromptStyle], more: str = "") -> None:
-    if value in known:
-        return
-    near = difflib.get_close_matches(str(value), list(known), n=1)
-    hint = f" Did you mean '{near[0]}'?" if near else ""
-    raise ConfigError(f"task.{name} = '{value}' is not known. Known: {', '.join(known)}.{more}{hint}")

@@ -15,7 +15,7 @@ from torch import Tensor, tensor
 
 from unmask.errors import ConfigError
 from unmask.noise import Noise
-from unmask.tasks.sudoku import IDS_PER_SPLIT, SPLITS
+from unmask.tasks.common import SPLITS, first_id, require_choices, require_counts
 from unmask.tasks.sudoku_grids import (
     BOXES,
     COLUMNS,
@@ -62,9 +62,7 @@ class SudokuTwice:
     """Demonstrations at most: one for each of the first examples of the split."""
 
     def __post_init__(self) -> None:
-        for name, known in (("prompt", ("raw",)), ("reward", ("units", "solved"))):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"task.{name} = {getattr(self, name)!r} is not known. Known: {', '.join(known)}.")
+        require_choices(self, prompt=("raw",), reward=("units", "solved"))
         if not BLANKS[0] <= self.num_blanks <= BLANKS[1]:
             raise ConfigError(
                 f"task.num_blanks = {self.num_blanks}: {BLANKS[0]} to {BLANKS[1]} are possible, as fewer leave one "
@@ -72,9 +70,7 @@ class SudokuTwice:
             )
         if not 0 <= self.right_share <= 1:
             raise ConfigError(f"task.right_share = {self.right_share}: is a share, from 0 to 1. Try 0.")
-        for name in ("num_train", "num_validation", "num_test", "num_demonstrations"):
-            if not 1 <= getattr(self, name) <= IDS_PER_SPLIT:
-                raise ConfigError(f"task.{name} = {getattr(self, name)}: from 1 to {IDS_PER_SPLIT} are possible.")
+        require_counts(self, "num_train", "num_validation", "num_test", "num_demonstrations")
 
     @property
     def gen_length(self) -> int:
@@ -92,8 +88,7 @@ class SudokuTwice:
         A puzzle is made from a solution grid of its split, but as a rule grids of other splits solve it as well. What
         is kept apart are the puzzles: one that stands in a split is left out of those that follow.
         """
-        if split not in SPLITS:
-            raise ConfigError(f"unknown split '{split}' of sudoku_twice. Known: {', '.join(SPLITS)}.")
+        offset = first_id(split, "sudoku_twice")
         counts = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}
         earlier: set[str] = set()
         for name in SPLITS:
@@ -104,7 +99,6 @@ class SudokuTwice:
             if name == split:
                 break
             earlier |= set(puzzles)
-        offset = SPLITS.index(split) * IDS_PER_SPLIT
         return [Example(offset + row, puzzle + "|", {"puzzle": puzzle}) for row, puzzle in enumerate(puzzles)]
 
     def score(self, example: Example, completion: str) -> Score:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from unmask.errors import ConfigError, DataError, RewardError
-from unmask.rows import cached_rows
+from unmask.errors import ConfigError, RewardError
+from unmask.rows import cached_rows, prompt_of
+from unmask.tasks.common import LeavesLengthToSampler, first_id, held_out, require_at_least, require_choices
 from unmask.tasks.rewards import SIGNATURES, Batch, Outcome, call, find_function
 from unmask.types import Example, Score, Status
 
-SPLITS = ("train", "validation", "test")
-IDS_PER_SPLIT = 10_000_000
-"""Example ids: the row within the split, plus this much for each split before it."""
-
 
 @dataclass(frozen=True)
-class UserTask:
+class UserTask(LeavesLengthToSampler):
     """Your own prompts and rewards. A row has `prompt` (text or messages) and any columns that the rewards read."""
 
     train_data: str | None = None
@@ -52,39 +49,27 @@ class UserTask:
             raise ConfigError('task.rewards is missing: name functions, such as ["my_rewards:length"].')
         if self.weights and len(self.weights) != len(self.rewards):
             raise ConfigError(f"task.weights: {len(self.weights)} for {len(self.rewards)} rewards. Give one for each.")
-        if self.signature not in SIGNATURES or self.prompt != "column":
-            raise ConfigError(f"task.signature = {self.signature!r}: use one of {', '.join(SIGNATURES)}.")
-        if not 0 <= self.max_error_share < 1 or self.num_validation < 1:
-            raise ConfigError("task.max_error_share is a share below 1, task.num_validation at least 1.")
-
-    @property
-    def gen_length(self) -> int | None:
-        """None: the length is the sampler's to say."""
-        return None
-
-    @property
-    def num_steps(self) -> int | None:
-        """None: the steps are the sampler's to say."""
-        return None
+        require_choices(self, signature=SIGNATURES, prompt=("column",))
+        require_at_least(self, max_error_share=0, num_validation=1)
+        if self.max_error_share >= 1:
+            raise ConfigError(f"task.max_error_share = {self.max_error_share}: must be a share below 1. Try 0.1.")
 
     def source(self, split: str) -> str:
-        """The file or hub id of a split."""
-        return str(self.data if split == "test" and self.data else self.train_data or self.data)
+        """The file or hub id of a split. Raises: ConfigError if there is none to train on."""
+        if split == "test" and self.data:
+            return self.data
+        if self.train_data is None:
+            raise ConfigError(f"task.train_data is missing: {self.data} is for the test alone. Name rows to train on.")
+        return self.train_data
 
     def examples(self, split: str) -> list[Example]:
         """The rows of a split; columns are all but `prompt`."""
-        if split not in SPLITS:
-            raise ConfigError(f"unknown split {split!r} of the data. Known: {', '.join(SPLITS)}.")
-        rows = list(cached_rows(self.source(split), "test" if split == "test" and self.data else "train", "task.data"))
-        if not (split == "test" and self.data):
-            if len(rows) <= self.num_validation:
-                raise ConfigError(
-                    f"task.num_validation = {self.num_validation}: {self.source(split)} has {len(rows)} rows, and "
-                    "validation takes the last of them. Use fewer."
-                )
-            first = 0 if split == "train" else len(rows) - self.num_validation
-            rows = rows[first : len(rows) - self.num_validation if split == "train" else len(rows)]
-        offset = SPLITS.index(split) * IDS_PER_SPLIT
+        offset, source = first_id(split, "the data"), self.source(split)
+        is_test = split == "test" and source == self.data
+        part, key = ("test", "task.data") if is_test else ("train", "task.train_data")
+        rows: Sequence[tuple[str, Any]] = cached_rows(source, part, key)
+        if not is_test:
+            rows = held_out(rows, split, self.num_validation, source)
         return [
             Example(offset + number, self._prompt(row, where), {k: v for k, v in row.items() if k != "prompt"})
             for number, (where, row) in enumerate(rows)
@@ -100,7 +85,6 @@ class UserTask:
         completions: Sequence[str],
         *,
         completion_ids: Sequence[Sequence[int]] | None = None,
-        state: Any = None,
     ) -> list[Score]:
         """All completions of a batch, each function called once. Facts: each reward by its name, and what it logged.
 
@@ -112,13 +96,9 @@ class UserTask:
         if completion_ids is not None:
             columns["completion_ids"] = list(completion_ids)
         batch = Batch([example.prompt for example in examples], completions, columns)
-        outcomes = [call(function, self.signature, batch, state) for function in self.functions]
+        outcomes = [call(function, self.signature, batch) for function in self.functions]
         self._check_errors(outcomes, examples)
         return [self._score(place, outcomes, examples[place]) for place in range(len(batch))]
-
-    def stratum(self, example: Example) -> str:
-        """Reported apart: nothing."""
-        return ""
 
     @cached_property
     def functions(self) -> list[Any]:
@@ -157,19 +137,8 @@ class UserTask:
                 )
 
     def _prompt(self, row: Any, where: str) -> str | list[dict[str, str]]:
-        prompt = row.get("prompt") if isinstance(row, Mapping) else None
-        is_text = isinstance(prompt, str) and bool(prompt)
-        if not is_text and not _is_chat(prompt):
-            raise DataError(f"{where}: has no prompt. Give a text, or a list of messages with role and content.")
+        prompt = prompt_of(row, where)
         if not self.system:
-            return prompt  # type: ignore[return-value]
-        turns = [{"role": "user", "content": prompt}] if is_text else prompt
-        return [{"role": "system", "content": self.system}, *turns]  # type: ignore[misc]
-
-
-def _is_chat(prompt: Any) -> bool:
-    return (
-        isinstance(prompt, list)
-        and bool(prompt)
-        and all(isinstance(turn, Mapping) and {"role", "content"} <= set(turn) for turn in prompt)
-    )
+            return prompt
+        turns = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+        return [{"role": "system", "content": self.system}, *turns]

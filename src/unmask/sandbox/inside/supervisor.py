@@ -1,6 +1,6 @@
 """One worker: confines itself, then forks a candidate and a judge for every program that it is sent.
 
-    python -s -S -B -P supervisor.py SOCKET {"readable": [...], "packages": [...], "preload": [...], "level": ...}
+    python -s -S -B -P supervisor.py SOCKET {"readable": [...], "packages": [...], "preload": [...]}
 
 The tests of a task come as a file descriptor that is only passed on, so that nothing this process has read can be found
 by a later program. What is not trusted runs in children of this process alone.
@@ -36,14 +36,12 @@ def main() -> None:
     sys.path.extend(settings["packages"])
     preload(settings["preload"])
     os.chdir("/")
-    level = settings["level"]
-    if level == "landlock":
-        level = f"landlock(ABI {landlock.restrict(settings['readable'])})"
+    version = landlock.restrict(settings["readable"])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # waited for, see watch()
     gc.collect()
     gc.freeze()
     filters.install(filters.base_filter())
-    send(link.fileno(), json.dumps({"ready": f"{level}+seccomp"}).encode())
+    send(link.fileno(), json.dumps({"ready": f"landlock(ABI {version})+seccomp"}).encode())
     while True:
         request, tests, result = receive_task(link)
         answer = serve(request, tests, result)
