@@ -4,6 +4,7 @@ of our shortcuts: slow, plain, one row at a time."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -157,6 +158,53 @@ def _dream_confidence(law: Tensor, token: int, alg: str) -> float:
         first, second = sorted(law.tolist(), reverse=True)[:2]
         return first - second
     return sum(p * math.log(p + 1e-10) for p in law.tolist())
+
+
+def reference_parallel(
+    policy: Policy,
+    prompts: PromptBatch,
+    gen_length: int,
+    block_length: int,
+    chosen: Callable[[list[float], list[Tensor]], int],
+    *,
+    by_entropy: bool = False,
+    stops: tuple[int, ...] = (),
+    windows: Callable[[Tensor, Tensor, Tensor, range | None], Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:  # (B, L) ids, (B, L) step in which each was fixed, (B,) forwards
+    """Greedy decoding in blocks, one row after the other; `chosen(surenesses, laws)`, both from the surest down, says
+    how many a step fixes. `windows(ids, seen, previous whole-canvas ids, block)` gives (T, V) logits, where a test has
+    a forward of its own; `block` is None in a block's first step."""
+    finished, fixed_at, forwards = [], [], []
+    for row in range(len(prompts)):
+        canvas = prompts.prompt_ids[row].tolist() + [policy.mask_token_id] * gen_length
+        seen = torch.cat([prompts.prompt_mask[row], torch.ones(gen_length, dtype=torch.bool)])[None]
+        start, steps, step = len(canvas) - gen_length, [-1] * gen_length, 0
+        for first in range(start, len(canvas), block_length):
+            if any(token in stops for token in canvas[start:first]):
+                canvas[first:], steps[first - start :] = [stops[0]] * len(canvas[first:]), [step] * len(canvas[first:])
+                break
+            masked, whole = list(range(first, first + block_length)), torch.tensor([canvas])
+            while masked:
+                ids = torch.tensor([canvas])
+                if windows is None:
+                    logits = policy.token_outputs(ids, seen, torch.ones_like(seen), want=("logits",)).logits
+                else:
+                    block = None if len(masked) == block_length else range(first, first + block_length)
+                    logits = windows(ids, seen, whole, block)
+                laws = {place: torch.softmax(logits[place].detach().double(), 0) for place in masked}
+                sureness = {place: float(law.max()) for place, law in laws.items()}
+                if by_entropy:
+                    sureness = {place: float(torch.special.xlogy(law, law).sum()) for place, law in laws.items()}
+                ranked = sorted(masked, key=lambda place, sureness=sureness: -sureness[place])
+                number = chosen([sureness[place] for place in ranked], [laws[place] for place in ranked])
+                for place in ranked[:number]:
+                    canvas[place], steps[place - start] = int(laws[place].argmax()), step
+                    masked.remove(place)
+                step += 1
+        finished.append(canvas[start:])
+        fixed_at.append(steps)
+        forwards.append(step)
+    return torch.tensor(finished), torch.tensor(fixed_at), torch.tensor(forwards)
 
 
 def reference_block_diffusion(

@@ -32,7 +32,7 @@ from unmask.types import Batch, PromptBatch, Samples, Score, Status, take_rows
 POLICY = tiny_policy()
 LENGTH = 6
 CONTINUING = {
-    "low_confidence": {"block_length": 3, "num_steps": 4},
+    "low_confidence": {"block_length": 3, "num_steps": 4, "stop_early": False},
     "random_remasking": {"block_length": 3, "num_steps": 4},
     "roar": {"block_length": 3},
     "dream": {"num_steps": 4},
@@ -62,6 +62,17 @@ every_continuing = pytest.mark.parametrize("name", CONTINUING)
 
 
 # ---- continuing
+
+
+def test_a_row_that_stopped_early_goes_on_as_it_was():
+    drawn, batch = sampler("low_confidence", stop_early=True), prompts()
+    whole = drawn.sample(POLICY, batch, noise=NOISE)
+    assert whole.nfe.min() == 2 < whole.nfe.max() == 4
+    for step in range(drawn.total_steps + 1):
+        again = drawn.sample(POLICY, batch, noise=NOISE, start=Start(whole, step))
+        assert torch.equal(again.completion_ids, whole.completion_ids)
+        assert torch.equal(again.reveal_step, whole.reveal_step)
+        assert torch.equal(again.nfe, (whole.nfe - step).clamp(min=0))
 
 
 @every_continuing

@@ -143,6 +143,22 @@ class _Cache:
     def get_seq_length(self) -> int:
         return self.length
 
+    def seen(self, tokens: int) -> int:
+        """Positions that the tokens of a forward see; they are kept too."""
+        self.length += tokens
+        return self.length
+
+
+class _WindowCache(_Cache):
+    """The same for one that is filled by the first forward."""
+
+    def seen(self, tokens: int) -> int:
+        self.length = max(self.length, tokens)
+        return self.length
+
+    def freeze(self, start: int) -> None:
+        """Windows begin here."""
+
 
 class _Listener:
     """A policy that knows nothing, and writes down what it is asked."""
@@ -150,6 +166,8 @@ class _Listener:
     mask_token_id, pad_token_id, max_length = 7, 0, 1 << 60
     stop_token_ids: tuple[int, ...] = (6,)
     device = torch.device("cpu")
+
+    lookback: int | None = 0
 
     def __init__(self, block_size: int | None):
         self.block_size = block_size
@@ -166,8 +184,8 @@ class _Listener:
         cache: Any = None,
         reference: Any = None,
     ) -> TokenOutput:
-        tokens, wanted = canvas.shape[1], int(positions.sum())
-        seen = tokens + (cache.length if cache is not None else 0)
+        tokens, wanted = canvas.numel(), int(positions.sum())
+        seen = canvas.shape[1] if cache is None else cache.seen(canvas.shape[1])
         heard = self.heard
         self.heard = Decoding(
             forwards=heard.forwards + 1,
@@ -178,8 +196,6 @@ class _Listener:
             pairs=heard.pairs + tokens * seen,
             cached=max(heard.cached, seen if cache is not None else 0),
         )
-        if cache is not None:
-            cache.length = seen
         logits = torch.zeros(wanted, 8)
         logits[:, self.mask_token_id] = -torch.inf
         logp = None if targets is None else torch.zeros(wanted)
@@ -187,6 +203,9 @@ class _Listener:
 
     def new_cache(self) -> _Cache:
         return _Cache()
+
+    def new_window_cache(self, keeps_suffix: bool) -> _WindowCache:
+        return _WindowCache()
 
     def forget(self, cache: _Cache, num_positions: int) -> None:
         cache.length -= num_positions

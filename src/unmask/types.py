@@ -302,6 +302,8 @@ class Policy(Protocol):
     max_length: int
     block_size: int | None
     """Tokens per block of a model whose positions see their own block and those before; None: each sees all."""
+    lookback: int | None
+    """Positions before a token that have to be in a window with it; None: the model reads whole canvases only."""
 
     @property
     def device(self) -> torch.device: ...
@@ -320,7 +322,8 @@ class Policy(Protocol):
         """One forward of the model; numbers about the wanted positions only. "kl" needs the reference's states there.
 
         With a cache of `new_cache` (block by block models only) the canvas is what follows the positions in the cache,
-        without pads, and starts a block; its keys and values are added to the cache.
+        without pads, and starts a block; its keys and values are added to the cache. With one of `new_window_cache`
+        the canvas and its positions are the window, and the attention mask is of the whole canvas.
         """
         ...
 
@@ -330,6 +333,10 @@ class Policy(Protocol):
 
     def forget(self, cache: Any, num_tokens: int, /) -> None:
         """Drop the last tokens of the cache."""
+        ...
+
+    def new_window_cache(self, keeps_suffix: bool) -> Any:
+        """An empty cache with `refresh`, `freeze` and `keep`, to read windows of a canvas with."""
         ...
 
     def head_weight(self) -> Tensor:

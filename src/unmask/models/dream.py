@@ -62,6 +62,8 @@ class DreamModel(Qwen2Model):
 class DreamForMaskedLM(MaskedLMHead, DreamPreTrainedModel):
     """Dream with its head; see `MaskedLMHead.forward`."""
 
+    lookback = 1
+
     def __init__(self, config: DreamConfig):
         super().__init__(config)
         self.model = DreamModel(config)

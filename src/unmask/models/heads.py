@@ -13,6 +13,7 @@ from unmask.errors import ModelError
 from unmask.models import chunked_head
 from unmask.models.divergence import kl_to_reference
 from unmask.models.outputs import OUTPUTS, STATES, pool, summarise_hidden, summarise_logits
+from unmask.models.window_cache import WindowCache
 from unmask.types import ReferenceStates, TokenOutput
 
 
@@ -29,6 +30,8 @@ class MaskedLMHead:
     config: Any
     scalar_heads: Any
     """ModuleDict of one Linear(H, 1) for each adapter that has a scalar head; not there before the first."""
+    lookback: ClassVar[int] = 0
+    """Positions before a token whose hidden states its number is read from; a family with a shift overrides this."""
     cross_entropy: str = "chunked"
     """What computes log-probabilities when the logits are large: a name of `cross_entropy.CROSS_ENTROPIES`."""
 
@@ -54,9 +57,13 @@ class MaskedLMHead:
         The transformers output holds raw logits (b, T, V), mask token included, and the mean cross-entropy in nats
         over the labelled positions when `labels` is given.
         """
-        if position_ids is None and attention_mask is not None and past_key_values is None:
+        is_window = isinstance(past_key_values, WindowCache)
+        if position_ids is None and attention_mask is not None and (past_key_values is None or is_window):
             # pads take no position, so a row's numbers do not depend on the amount of padding
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
+            if is_window:  # of which the mask covers the whole canvas
+                start = past_key_values.get_seq_length()
+                position_ids = position_ids[:, start : start + input_ids.shape[1]]
         if positions is None:
             every = torch.ones_like(input_ids, dtype=torch.bool)
             hidden = self.select_hidden(input_ids, attention_mask, position_ids, every, past_key_values)

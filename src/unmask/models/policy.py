@@ -18,6 +18,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from unmask.errors import DataError, ModelError
 from unmask.models import adapter_files
 from unmask.models.adapters import POLICY, LoraConfig, Switch, add
+from unmask.models.window_cache import WindowCache
 from unmask.types import ReferenceStates, TokenOutput
 
 
@@ -42,6 +43,7 @@ class MaskedPolicy:
         self.stop_token_ids: tuple[int, ...] = tuple(dict.fromkeys(stops))
         self.max_length: int = getattr(module, "num_positions", config.max_position_embeddings)
         self.block_size: int | None = getattr(config, "block_size", None)
+        self.lookback: int | None = getattr(module, "lookback", None)
         self._checkpointed: list[nn.Module] = []
 
     @property
@@ -98,6 +100,14 @@ class MaskedPolicy:
             raise ModelError(f"{self.name}: sees in both directions, so cached keys and values would not be exact.")
         return DynamicCache()
 
+    def new_window_cache(self, keeps_suffix: bool) -> WindowCache:
+        """An empty cache to read windows of a canvas with, an approximation. Raises: ModelError for other families."""
+        if self.block_size is not None or self.lookback is None:
+            raise ModelError(
+                f"{self.name}: this family cannot read a window of its text alone. Set sampler.cache = 'none'."
+            )
+        return WindowCache(keeps_suffix)
+
     def forget(self, cache: DynamicCache, num_tokens: int) -> None:
         """Drop the last tokens of a cache."""
         cache.crop(-num_tokens)
@@ -110,7 +120,7 @@ class MaskedPolicy:
         *,
         targets: Tensor | None = None,
         want: Sequence[str] = ("logits",),
-        cache: DynamicCache | None = None,
+        cache: DynamicCache | WindowCache | None = None,
         reference: ReferenceStates | None = None,
     ) -> TokenOutput:
         """See `Policy.token_outputs`."""

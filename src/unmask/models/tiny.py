@@ -92,9 +92,13 @@ class TinyAttention(nn.Module):
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             setattr(self, name, nn.Linear(config.hidden_size, config.hidden_size, bias=False))
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None, positions: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         q, k, v = (f(hidden).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if cache is not None:
+            k, v = cache.update(k, v, self.layer_idx)
         attention = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
         mixed, _ = attention(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, is_causal=False)
         mixed = mixed.reshape(hidden.shape)
@@ -111,8 +115,10 @@ class TinyLayer(GradientCheckpointingLayer):
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, attention_mask: Tensor | None, positions: Tensor | None = None) -> Tensor:
-        mixed = self.self_attn(self.input_layernorm(hidden), attention_mask, positions)
+    def forward(
+        self, hidden: Tensor, attention_mask: Tensor | None, positions: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        mixed = self.self_attn(self.input_layernorm(hidden), attention_mask, positions, cache)
         hidden = (hidden if positions is None else hidden[positions]) + mixed
         return hidden + self.mlp(self.post_attention_layernorm(hidden))
 
@@ -143,18 +149,21 @@ class TinyModel(TinyPreTrainedModel):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         positions: Tensor | None = None,
+        cache: Any = None,
     ) -> BaseModelOutput:
-        """`last_hidden_state` is (b, T, H), or (N, H) at the wanted `positions` (b, T) bool.
+        """`last_hidden_state` is (b, T, H), or (N, H) at the wanted `positions` (b, T) bool. With a `WindowCache` the
+        window is (b, T), and the attention mask is of the whole canvas all the same.
 
         Nothing reads the other positions of the last layer, so their output projection and MLP are not computed.
         """
         if position_ids is None:
-            position_ids = torch.arange(input_ids.shape[1], device=input_ids.device)[None]
+            first = 0 if cache is None else cache.get_seq_length()
+            position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
         hidden = self.embed_tokens(input_ids) + self.embed_positions(position_ids)
         mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
         for layer in self.layers[:-1]:
-            hidden = layer(hidden, mask)
-        hidden = self.layers[-1](hidden, mask, positions)
+            hidden = layer(hidden, mask, None, cache)
+        hidden = self.layers[-1](hidden, mask, positions, cache)
         return BaseModelOutput(last_hidden_state=self.norm(hidden))
 
 
@@ -175,7 +184,7 @@ class TinyForMaskedLM(MaskedLMHead, TinyPreTrainedModel):
         positions: Tensor,
         past_key_values: Any = None,
     ) -> Tensor:
-        return self.model(input_ids, attention_mask, position_ids, positions).last_hidden_state
+        return self.model(input_ids, attention_mask, position_ids, positions, past_key_values).last_hidden_state
 
 
 @dataclass(frozen=True)

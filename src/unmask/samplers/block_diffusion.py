@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from unmask.errors import ConfigError
-from unmask.samplers.canvas import Canvas, new_canvas, require_room
-from unmask.samplers.draw import draw_tokens, token_logps, token_probabilities
+from unmask.samplers.canvas import Canvas, new_canvas, read_logits, require_room
 from unmask.samplers.plan import check_lengths, check_steps, reveal_counts
+from unmask.samplers.reveal import fix, surest
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples, take_rows
 
 
@@ -107,39 +106,18 @@ class BlockDiffusion:
                 if cache is not None:
                     policy.forget(cache, end - start)  # the block is not finished
                     seen_from = start
-                is_open = self._fix(canvas, is_open, logits, count, token_noise)
+                rule = partial(self._chosen, count=count)
+                is_open = fix(canvas, is_open, logits, rule, temperature=self.temperature, noise=token_noise)
                 if self.threshold is not None and not is_open.any():
                     break
         if cache is not None:
             canvas.nfe += len(starts) - 1
         return canvas.samples()
 
-    def _fix(
-        self,
-        canvas: Canvas,
-        is_open: Tensor,  # (B, L) bool, N of them
-        logits: Tensor,  # (N, V)
-        count: int,
-        noise: NoiseLike | None,  # None at temperature 0
-    ) -> Tensor:  # (B, L) bool
-        """A token for every open slot; the `count` surest of a row are fixed, and all above the threshold. Returns
-        which are still open."""
-        uniforms = None
-        if noise is not None:
-            slots = torch.arange(is_open.shape[1], device=is_open.device)[None]  # (1, L)
-            uniforms = canvas.uniforms(noise, canvas.nfe, slots)[is_open]
-        tokens = draw_tokens(logits, self.temperature, uniforms)  # (N,)
-        sureness = token_probabilities(logits, tokens)  # (N,)
-        confidence = sureness.new_full(is_open.shape, -math.inf).masked_scatter_(is_open, sureness)
-        # stable: the lower position of equals first; the second sort turns an order into ranks
-        rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-        chosen = is_open & (rank < count)
-        if self.threshold is not None:
-            chosen |= confidence > self.threshold
-        fixed = chosen[is_open]  # (N,)
-        logps = token_logps(logits[fixed], tokens[fixed], torch.float64)
-        canvas.write_where(chosen, tokens[fixed], logps, took_part=is_open.any(1, keepdim=True))
-        return is_open & ~chosen
+    def _chosen(self, confidence: Tensor, count: int) -> Tensor:
+        """The `count` surest of a row are fixed, and all above the threshold."""
+        chosen = surest(confidence, count)
+        return chosen if self.threshold is None else chosen | (confidence > self.threshold)
 
 
 def _read(
@@ -151,13 +129,8 @@ def _read(
     cache: Any,
 ) -> Tensor:  # (N, V)
     """One forward of the positions from `start` to `end`."""
-    positions = torch.zeros_like(canvas.ids, dtype=torch.bool)
-    if wanted is not None:
-        positions[:, canvas.prompt_length :] = wanted
-    window = canvas.ids[:, start:end]
-    logits = policy.token_outputs(window, None, positions[:, start:end], want=("logits",), cache=cache).logits
-    assert logits is not None, "a policy returns what it is asked for"
-    return logits
+    positions = canvas.positions(torch.zeros_like(canvas.logps, dtype=torch.bool) if wanted is None else wanted)
+    return read_logits(policy, canvas.ids[:, start:end], None, positions[:, start:end], cache)
 
 
 def _equal_lengths(prompts: PromptBatch) -> Iterator[tuple[Tensor, PromptBatch]]:

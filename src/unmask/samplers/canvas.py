@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,12 +69,23 @@ class Canvas:
         policy: Policy,
         wanted: Tensor,  # (B, L) bool, N of them
     ) -> Tensor:  # (N, V), row by row
-        """As `logits`, for rows that want unequally many slots."""
+        """As `logits`, for rows that want unequally many slots; rows that want none are left out of the forward."""
+        positions = self.positions(wanted)
+        ids, attention_mask = self.ids, self.attention_mask
+        takes_part = wanted.any(1)
+        if not takes_part.all() and takes_part.any():
+            ids, positions = ids[takes_part], positions[takes_part]
+            attention_mask = None if attention_mask is None else attention_mask[takes_part]
+        return read_logits(policy, ids, attention_mask, positions)
+
+    def positions(
+        self,
+        wanted: Tensor,  # (B, L) bool
+    ) -> Tensor:  # (B, T) bool
+        """Slots as positions of the canvas."""
         positions = torch.zeros_like(self.ids, dtype=torch.bool)
         positions[:, self.prompt_length :] = wanted
-        logits = policy.token_outputs(self.ids, self.attention_mask, positions, want=("logits",)).logits
-        assert logits is not None, "a policy returns what it is asked for"
-        return logits
+        return positions
 
     def uniforms(
         self,
@@ -129,6 +141,20 @@ class Canvas:
             )
         made = self.nfe[:, 0] - self.first_step
         return Samples(self.ids[:, self.prompt_length :].clone(), self.reveal_step, self.logps, made)
+
+
+def read_logits(
+    policy: Policy,
+    ids: Tensor,  # (b, T) int64
+    attention_mask: Tensor | None,
+    positions: Tensor,  # (b, T) bool, N of them
+    cache: Any = None,
+) -> Tensor:  # (N, V)
+    """One forward."""
+    options = {} if cache is None else {"cache": cache}
+    logits = policy.token_outputs(ids, attention_mask, positions, want=("logits",), **options).logits
+    assert logits is not None, "a policy returns what it is asked for"
+    return logits
 
 
 def open_canvas(
@@ -192,6 +218,22 @@ def new_canvas(
         nfe=masks.new_zeros(len(prompts), 1),
         on_step=on_step,
     )
+
+
+def end_rows(policy: Policy, canvas: Canvas, num_filled: int) -> None:
+    """Rows with a stop token among their first `num_filled` slots are finished: the others get the first stop token.
+
+    As in the data that models are trained on, a completion ends with it to its last position. The tokens are given, not
+    drawn: their log-probability is 0, and they belong to the step that comes next.
+    """
+    if not policy.stop_token_ids:
+        return
+    completion = canvas.ids[:, canvas.prompt_length :]
+    stops = torch.tensor(policy.stop_token_ids, device=completion.device)
+    has_stopped = torch.isin(completion[:, :num_filled], stops).any(1, keepdim=True)
+    is_rest = has_stopped & (canvas.reveal_step < 0)
+    completion.masked_fill_(is_rest, policy.stop_token_ids[0])
+    canvas.reveal_step.copy_(torch.where(is_rest, canvas.nfe, canvas.reveal_step))
 
 
 def require_room(

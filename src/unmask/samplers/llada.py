@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from unmask.samplers.canvas import Canvas, Start, open_canvas
-from unmask.samplers.draw import draw_tokens, token_probabilities
+from unmask.errors import ConfigError
+from unmask.samplers.canvas import Canvas, Start, end_rows, open_canvas
 from unmask.samplers.order import fill_in_random_order
 from unmask.samplers.plan import check_lengths, check_steps, reveal_counts
-from unmask.samplers.surest import fix_surest
+from unmask.samplers.reading import CACHES, WindowReader, guided_logits
+from unmask.samplers.reveal import Rule, above, fix, surest, within_entropy, within_factor
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
 
 
@@ -62,7 +65,66 @@ class LowConfidence(_Blockwise):
     The confidence is untempered also where the token was drawn at another temperature. Equal confidences are taken
     from left to right. Differs from the authors' code in that the mask token cannot be drawn, steps without a token
     to fix are refused, and the confidence is computed in float32 or wider and only where it can matter.
+
+    `threshold`, `factor` and `entropy_bound` fix as many tokens as the model is sure of instead of `num_steps`' share;
+    `cache` reads a part of the canvas alone. Both change what is written: docs/samplers.md measures by how much.
     """
+
+    threshold: float | None = None
+    """Fix all tokens of at least this confidence, and one in any case (Fast-dLLM, arXiv:2505.22618: 0.9). Above 1: one
+    token per step. num_steps is not read."""
+    factor: float | None = None
+    """Fix the n surest tokens while (n + 1)(1 - confidence of the n-th) is at most this (Fast-dLLM, arXiv:2505.22618).
+    num_steps is not read."""
+    entropy_bound: float | None = None
+    """Fix tokens of least entropy while their entropies, the largest left out, sum to at most so many nats
+    (arXiv:2505.24857). num_steps is not read."""
+    cache: str = "none"
+    """"prefix": in a block's later steps, keys and values before it are those of its first step. "dual": those behind
+    it too. "none": every step reads the whole canvas. Fast-dLLM, arXiv:2505.22618."""
+    refresh_every: int | None = None
+    """With a cache: every so many steps of a block the whole canvas is read again. None: at a block's beginning."""
+    guidance: float = 0.0
+    """w of u + (w + 1)(c - u), with logits c and those u where the prompt is masked. 0: none; else two forwards count
+    per step."""
+    stop_early: bool = True
+    """A row is finished with the block that holds its stop token, and what follows is filled with stop tokens, of
+    log-probability 0. False: every block is sampled."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        rules = [name for name in ("threshold", "factor", "entropy_bound") if getattr(self, name) is not None]
+        if len(rules) > 1:
+            raise ConfigError(f"sampler.{rules[0]} and sampler.{rules[1]}: each says what a step fixes. Give one.")
+        for name in rules:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ConfigError(f"sampler.{name} = {getattr(self, name)}: must be at least 0 and finite, or none.")
+        if self.cache not in CACHES:
+            raise ConfigError(f"sampler.cache = {self.cache!r}: must be one of {', '.join(CACHES)}.")
+        if self.refresh_every is not None and (self.cache == "none" or self.refresh_every < 1):
+            raise ConfigError(
+                f"sampler.refresh_every = {self.refresh_every}: at least 1, and with sampler.cache = 'prefix' or "
+                "'dual'. Leave it out otherwise."
+            )
+        if not 0 <= self.guidance < math.inf:
+            raise ConfigError(f"sampler.guidance = {self.guidance}: must be at least 0 and finite. Try 0.")
+        if self.guidance and self.cache != "none":
+            raise ConfigError("sampler.guidance reads the canvas twice and has no cache: set sampler.cache = 'none'.")
+
+    @property
+    def is_paced(self) -> bool:
+        """Whether `num_steps` says how many tokens a step fixes."""
+        return self.threshold is None and self.factor is None and self.entropy_bound is None
+
+    @property
+    def continues(self) -> bool:  # type: ignore[override]
+        """Whether it can begin in the middle of a completion: where steps and states are those of the pace alone."""
+        return self.is_paced and self.cache == "none" and not self.guidance
+
+    @property
+    def total_steps(self) -> int:
+        """Denoising steps of a completion, the most that there can be."""
+        return super().total_steps if self.is_paced else self.gen_length
 
     @torch.no_grad()
     def sample(
@@ -75,18 +137,58 @@ class LowConfidence(_Blockwise):
         start: Start | None = None,
     ) -> Samples:
         """One completion per row, from `start` on if it is given. `on_step` receives a copy of the canvas (B, T) after
-        every step."""
+        every step. Raises: ModelError for a cache that the model's family does not have."""
         canvas = open_canvas(policy, prompts, self.gen_length, on_step, start)
-        slots = torch.arange(self.gen_length, device=canvas.ids.device).expand(len(prompts), -1)
+        reader = WindowReader(policy, canvas, self.cache, self.refresh_every) if self.cache != "none" else None
         token_noise = noise.stream("token") if self.temperature > 0 else None
-        counts = self.block_counts
-        for number, open_slots in enumerate(slots.chunk(self.num_blocks, dim=1)):  # (B, block_length)
-            done = min(max(canvas.first_step - number * len(counts), 0), len(counts))
-            open_slots = canvas.still_open(open_slots, sum(counts[:done]))
-            for count in counts[done:]:
-                # every row has equally many open slots, so the batch stays rectangular
-                open_slots = _fix_surest(policy, canvas, open_slots, count, self.temperature, token_noise)
+        length = self.gen_length // self.num_blocks
+        for number in range(self.num_blocks):
+            slots = range(number * length, (number + 1) * length)
+            if self.stop_early and number:
+                end_rows(policy, canvas, slots.start)
+            is_open = torch.zeros_like(canvas.logps, dtype=torch.bool)
+            is_open[:, slots.start : slots.stop] = canvas.reveal_step[:, slots.start : slots.stop] < 0
+            if reader:
+                reader.open_block(slots)
+            for rule in self._rules(number, canvas.first_step):
+                if not is_open.any():
+                    break
+                logits = self._logits(policy, canvas, is_open, reader)
+                is_open = fix(
+                    canvas,
+                    is_open,
+                    logits,
+                    rule,
+                    temperature=self.temperature,
+                    noise=token_noise,
+                    by_entropy=self.entropy_bound is not None,
+                )
+        if self.guidance:
+            canvas.nfe *= 2
         return canvas.samples()
+
+    def _rules(self, number: int, first_step: int) -> Iterator[Rule]:
+        """What each step of block `number` fixes; as many as there are left to do, or as it may take."""
+        if self.is_paced:
+            counts = self.block_counts
+            for count in counts[min(max(first_step - number * len(counts), 0), len(counts)) :]:
+                yield partial(surest, count=count)
+            return
+        for _ in range(self.gen_length // self.num_blocks):
+            if self.threshold is not None:
+                yield partial(above, threshold=self.threshold)
+            elif self.factor is not None:
+                yield partial(within_factor, factor=self.factor)
+            elif self.entropy_bound is not None:
+                yield partial(within_entropy, bound=self.entropy_bound)
+
+    def _logits(self, policy: Policy, canvas: Canvas, is_open: Tensor, reader: WindowReader | None) -> Tensor:
+        """(N, V) of the open slots."""
+        if reader:
+            return reader.read(is_open)
+        if self.guidance:
+            return guided_logits(policy, canvas, is_open, self.guidance)
+        return canvas.logits_where(policy, is_open)
 
 
 @dataclass(frozen=True)
@@ -119,18 +221,3 @@ class RandomRemasking(_Blockwise):
             on_step=on_step,
             start=start,
         )
-
-
-def _fix_surest(
-    policy: Policy,
-    canvas: Canvas,
-    open_slots: Tensor,  # (B, r) int64, ascending
-    count: int,
-    temperature: float,
-    noise: NoiseLike | None,  # None at temperature 0
-) -> Tensor:  # (B, r - count) int64, ascending
-    """One step: a token for every open slot, the `count` most confident are fixed. Returns the slots still open."""
-    logits = canvas.logits(policy, open_slots)  # (B·r, V)
-    uniforms = None if noise is None else canvas.uniforms(noise, canvas.nfe, open_slots).flatten()
-    tokens = draw_tokens(logits, temperature, uniforms)  # (B·r,)
-    return fix_surest(canvas, open_slots, logits, tokens, token_probabilities(logits, tokens), count)
