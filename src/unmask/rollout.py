@@ -185,21 +185,39 @@ def draw_samples(
     batch_size: int,
     on_rows: Callable[[int], None] | None = None,
 ) -> list[Samples]:
-    """Completions of the rows of all jobs, one job after the other, in parts; a job may begin where others stood.
+    """Completions of the rows of all jobs, one job after the other, each in the order of its rows.
 
+    Rows are sampled in parts, those of like prompt lengths together and without the pads that a part does not need.
     With several processes each may have other jobs, or none, and keeps step with the others on `canvas`.
     """
-    parts = []
+    samples = []
     with in_step(policy, canvas) as stepping:
         for batch, start in jobs:
-            for first in range(0, len(batch), batch_size):
-                rows = slice(first, first + batch_size)
+            parts, order = [], by_length(batch.prompt_mask)
+            for rows in order.split(batch_size):
                 # samplers that cannot go on from a state have no such argument
                 begin = {} if start is None else {"start": Start(take_rows(start.samples, rows), start.step)}
-                parts.append(sampler.sample(stepping, take_rows(batch, rows), noise=noise, **begin))
+                parts.append(sampler.sample(stepping, trimmed(take_rows(batch, rows)), noise=noise, **begin))
                 if on_rows:
-                    on_rows(len(parts[-1]))
-    return parts
+                    on_rows(len(rows))
+            if parts:
+                samples.append(take_rows(join_samples(parts), order.argsort()))
+    return samples
+
+
+def by_length(
+    prompt_mask: Tensor,  # (B, P) bool
+) -> Tensor:  # (B,) int64
+    """The rows from the shortest prompt to the longest; equals stay in their order."""
+    return prompt_mask.sum(1).argsort(stable=True)
+
+
+def trimmed(batch: PromptBatch) -> PromptBatch:
+    """Without the columns in which every row has a pad."""
+    first = batch.prompt_mask.shape[1] - int(batch.prompt_mask.sum(1).max())
+    if not first:
+        return batch
+    return replace(batch, prompt_ids=batch.prompt_ids[:, first:], prompt_mask=batch.prompt_mask[:, first:])
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
