@@ -5,13 +5,16 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import string
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import unmask
+from tests.helpers import SMALL, tiny_policy
 from tests.oracles import elbo_dp
 from tests.test_api import table
 from unmask.cli import main
@@ -187,15 +190,19 @@ def test_likelihoods_are_those_of_elbo_and_estimate_the_exact_bound(model):
 
 
 @needs_harness
-def test_greedy_is_what_the_sampler_writes(model):
-    contexts = ["Question: 2+3?\nAnswer:", "Question: 4+4?\nAnswer:"]
-    lm = UnmaskLM(model, num_masks=2, batch_size=2)
-    for length in (1, 4, 5):
-        rows = list(zip(contexts, unmask.sample(model, contexts, gen_length=length), strict=True))
-        assert all(len(text) == length for _, text in rows)
-        others = [(context, text[:-1] + "z") for context, text in rows]
-        found = lm.loglikelihood(requests("loglikelihood", *rows, *others))
-        assert [greedy for _, greedy in found] == [True, True, False, False]
+def test_greedy_is_what_the_sampler_writes(tmp_path):
+    letters = "0123456789|" + string.ascii_letters  # so many that random texts hold few special tokens
+    tiny_policy(dtype=torch.float32, config=replace(SMALL, alphabet=letters)).save(tmp_path)
+    lm = UnmaskLM(str(tmp_path), num_masks=2, batch_size=5)
+    contexts = [f"{n}|" for n in range(40)]
+    for length in (1, 5):
+        written = unmask.sample(str(tmp_path), contexts, gen_length=length)
+        rows = [(context, text) for context, text in zip(contexts, written, strict=True) if len(text) == length]
+        found = lm.loglikelihood(requests("loglikelihood", *rows))
+        assert len(rows) > 4 and all(greedy for _, greedy in found)
+        others = [(context, text[:-1] + ("1" if text[-1] == "2" else "2")) for context, text in rows]
+        assert not any(greedy for _, greedy in lm.loglikelihood(requests("loglikelihood", *others)))
+    assert unmask.sample(str(tmp_path), contexts, gen_length=5, num_steps=1) != written  # the steps matter
 
 
 @needs_harness
@@ -226,7 +233,7 @@ def test_completions_depend_on_no_batch_size_and_no_other_task(model):
 
     first = generate(1)
     assert len(set(first)) > 1  # repeats of a prompt get noise of their own
-    other = requests("generate_until", ("4+4", {"until": "x"}), task="other")
+    other = requests("generate_until", ("4+4", {"until": ["x"]}), task="other")
     assert generate(4) == generate(64, *other) == first
     assert not any("x" in text for text in first)
 
