@@ -26,8 +26,13 @@ demo: setup
 test: setup
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4
 
-test-all: setup test-oldest
+test-all: setup test-oldest $(VENV)/.lm-eval
 	@$(BIN)/python -m pytest -n auto --maxprocesses 4 -m 'not gpu'
+
+# The evaluation harness brings some fifty packages, so `make test` does without.
+$(VENV)/.lm-eval: $(VENV)/.ready
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[lm-eval]'
+	@touch $@
 
 # The model families on the oldest transformers that pyproject.toml allows, laid over the packages of the environment.
 OLDEST := $(shell sed -n 's/.*"transformers>=\([0-9.]*\)".*/\1/p' pyproject.toml)

@@ -12,19 +12,20 @@ from tests.helpers import tiny_policy
 from tests.oracles import elbo_dp, eubo_by_contexts, log_likelihood_by_orders, log_likelihood_dp
 from unmask.api import subset_recursion
 from unmask.errors import ConfigError, DataError, ModelError
+from unmask.models import MaskedPolicy
 
 POLICY = tiny_policy()
 
 
-def table(prompt: str, completion: str) -> torch.Tensor:
+def table(prompt: str, completion: str, policy: MaskedPolicy = POLICY) -> torch.Tensor:
     """(2^L, L): log p(token i | the others shown) for every set of hidden positions, by the plain forward."""
-    ids = [POLICY.tokenizer.encode(text, add_special_tokens=False) for text in (prompt, completion)]
+    ids = [policy.tokenizer.encode(text, add_special_tokens=False) for text in (prompt, completion)]
     length, rows = len(ids[1]), []
     for state in range(2 ** len(ids[1])):
         hidden = torch.tensor([bool(state >> i & 1) for i in range(length)])
-        shown = torch.tensor(ids[1]).masked_fill(hidden, POLICY.mask_token_id)
-        logits = POLICY.module(torch.cat([torch.tensor(ids[0]), shown])[None]).logits[0, -length:].detach().clone()
-        logits[:, POLICY.mask_token_id] = -math.inf
+        shown = torch.tensor(ids[1]).masked_fill(hidden, policy.mask_token_id)
+        logits = policy.module(torch.cat([torch.tensor(ids[0]), shown])[None]).logits[0, -length:].detach().clone()
+        logits[:, policy.mask_token_id] = -math.inf
         rows.append(logits.log_softmax(-1)[range(length), ids[1]] * hidden)
     return torch.stack(rows)
 

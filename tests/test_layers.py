@@ -16,7 +16,7 @@ ROWS = (
     ("__main__",),
     ("cli",),
     ("comparison",),
-    ("estimation", "diagnosis"),
+    ("estimation", "diagnosis", "harness"),
     ("api", "plan", "merging", "energy"),
     ("launch", "counting"),
     ("bases",),

@@ -38,6 +38,9 @@ Prompt = str | list[dict[str, str]]
 MAX_EXACT_LENGTH = 12
 """Completion tokens up to which all 2^L masked states are scored."""
 
+DRAWN_ROWS = 64
+"""Rows whose masked copies are held at a time: thousands of rows would need gigabytes."""
+
 
 # ---- training
 
@@ -339,12 +342,14 @@ def _estimates(
     estimate: Callable[[Tensor, Corruption], Tensor],
     micro_batch_size: int,
 ) -> Tensor:  # (B,) float64
-    """An estimate from masked copies for each row, in the order of `prompt_key`."""
+    """An estimate from masked copies for each row, in the order of `prompt_key`; draws belong to their row."""
     values = torch.zeros(sum(map(len, batches)), dtype=torch.float64)
-    for rows in batches:
-        masks = draw(rows)
-        logps = score(policy, rows, masks, micro_batch_size=micro_batch_size).logps
-        values[rows.prompt_key.cpu()] = estimate(logps.double(), masks).cpu()
+    for batch in batches:
+        for start in range(0, len(batch), DRAWN_ROWS):
+            rows = take_rows(batch, slice(start, start + DRAWN_ROWS))
+            masks = draw(rows)
+            logps = score(policy, rows, masks, micro_batch_size=micro_batch_size).logps
+            values[rows.prompt_key.cpu()] = estimate(logps.double(), masks).cpu()
     return values
 
 

@@ -26,7 +26,10 @@ from unmask.places import cache_directory, data_directory
 
 GIB = 1 << 30
 
-IMPORTS = {"matplotlib": "matplotlib", "datasets": "datasets", "peft": "peft", "math-verify": "math_verify"}
+IMPORTS = {
+    "matplotlib": "matplotlib", "datasets": "datasets", "peft": "peft",
+    "math-verify": "math_verify", "lm-eval": "lm_eval",
+}  # fmt: skip
 """Packages of the extras that unmask itself imports; the others are programs and test tools."""
 
 TRACKERS = ("tensorboard", "wandb", "trackio")

@@ -26,6 +26,7 @@ COMMANDS = {
     "sample": "one completion, shown as it is revealed",
     "generate": "completions for a file of prompts",
     "reward": "what a recipe's reward says about completions; a run's rollouts judged again",
+    "lm_eval": "lm-evaluation-harness, with --model unmask",
     "merge": "one ordinary model out of an adapter and its base",
     "estimate": "memory, FLOPs and hours of a recipe on a machine that need not be here",
     "diagnose": "bias, variance and cost of likelihood estimators, against exact enumeration",
@@ -37,6 +38,9 @@ COMMANDS = {
     "doctor": "what this machine has and lacks, and what mends it",
     "list": "the registered algorithms, tasks, samplers and models",
 }
+
+PASSED_ON = ("lm_eval",)
+"""Commands of other packages, which read their arguments themselves."""
 
 _EPILOG = """examples:
   unmask train recipes/sudoku-espo.toml                     the demo: base, RL, evaluation
@@ -88,6 +92,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(name: str, args: Sequence[str]) -> int:
     """The sub-command with its own arguments; options and key=value arguments may stand in any order."""
     command = importlib.import_module(f"unmask.cli.{name}_command")
+    if name in PASSED_ON:
+        return int(command.run(args) or 0)
     parser = OneLineParser(
         prog=f"unmask {name}",
         description=command.__doc__,
