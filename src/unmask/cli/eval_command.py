@@ -26,12 +26,12 @@ from typing import Any
 
 from unmask.api import decoding, evaluation_rows, evaluation_task
 from unmask.cli.view import open_view, print_rows
-from unmask.comparison.tables import escape
 from unmask.config import apply_overrides
 from unmask.errors import ConfigError
 from unmask.evaluation import by_example, paired_difference
 from unmask.protocols import LENGTHS, PROTOCOLS, task_options
 from unmask.runs import plain, write_atomic
+from unmask.tables import escape
 from unmask.types import Rollouts
 
 
