@@ -15,6 +15,7 @@ import pytest
 
 from tests.test_distributed import DDP, ROOT
 from tests.test_eval_samples import SIZES
+from unmask import evaluation
 from unmask.cli import main
 from unmask.errors import ConfigError
 from unmask.kept import Kept
@@ -87,13 +88,20 @@ def whole(tmp_path_factory):
     return written(folder)
 
 
-def test_a_killed_evaluation_goes_on_and_writes_what_it_would_have_written(killed, whole, tmp_path, capsys):
+def test_a_killed_evaluation_goes_on_and_writes_what_it_would_have_written(
+    killed, whole, tmp_path, capsys, monkeypatch
+):
     folder = in_place(killed, tmp_path)
     kept = [json.loads(line) for line in (folder / PARTIAL).read_text().splitlines()]
+    headings = sum("settings" in row for row in kept)
     done = sum(len(row["content"]["answers"]) for row in kept if row["name"] == "model 0" and "number" in row)
     with open(folder / PARTIAL, "a") as file:
         file.write('{"name": "model 0", "number": 9, "con')  # a line that a kill cut off
+    batches = []
+    draw = evaluation.draw_samples
+    monkeypatch.setattr(evaluation, "draw_samples", lambda *args, **rest: batches.append(1) or draw(*args, **rest))
     assert main(command(folder)) == 0
+    assert len(batches) == 2 * 2 * -(-NUM_EXAMPLES * NUM_SAMPLES // BATCH_SIZE) - len(kept) + headings
     assert f"evaluating, 16 tokens: 20 steps, {done} done before" in capsys.readouterr().out
     rows, completions = written(folder)
     assert rows == whole[0] and completions == whole[1]

@@ -205,8 +205,8 @@ def evaluation_rows(
     total = len(examples) * num_samples
     if 0 < -(-total // batch_size) < num_ranks():
         view.note(
-            f"{total} completions are {-(-total // batch_size)} batches of {batch_size} for {num_ranks()} processes: "
-            "some have nothing to do. Take a smaller batch size."
+            f"{total} completions in batches of {batch_size} do not occupy {num_ranks()} processes. "
+            "Take a smaller batch size."
         )
     rows = []
     for place, sampler in enumerate(samplers):
