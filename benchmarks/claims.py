@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unmask.comparison.statistics import Interval, paired_difference
+from unmask.intervals import Interval, paired_difference
 
 RECIPES = Path(__file__).resolve().parent.parent / "recipes"
 TASKS = {"sudoku": RECIPES / "sudoku.toml", "sudoku_twice": RECIPES / "sudoku-twice.toml"}

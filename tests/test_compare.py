@@ -25,12 +25,13 @@ from unmask.comparison.measures import last_mean, last_row, measure, share_done
 from unmask.comparison.planning import Run, check_directory, count_flops, only_here, read_flops, write_plan
 from unmask.comparison.processes import Machine, read_record, run_all, this_machine
 from unmask.comparison.results import summarise
-from unmask.comparison.statistics import mean_interval, paired_difference, paired_ratio, student_quantile
-from unmask.comparison.tables import escape, markdown, significant
+from unmask.comparison.tables import markdown, significant
 from unmask.config import dump_toml
 from unmask.errors import ConfigError
+from unmask.intervals import mean_interval, paired_difference, paired_ratio, student_quantile
 from unmask.run_log import StopRequest
 from unmask.runs import read_rows
+from unmask.tables import escape
 
 RECIPE = """
 [model]

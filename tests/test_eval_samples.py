@@ -10,7 +10,8 @@ import pytest
 
 from unmask.cli import main
 from unmask.errors import ConfigError
-from unmask.evaluation import mean_interval, paired_difference, pass_at, powers_of_two, unique_share
+from unmask.evaluation import Answer, compare, pass_at, powers_of_two, share, unique_share
+from unmask.intervals import wilson
 from unmask.models.tiny import TinyModelConfig, build_tiny
 from unmask.protocols import LENGTHS, PROTOCOLS, task_options
 from unmask.tasks import TASKS
@@ -29,14 +30,28 @@ def test_pass_at_k_is_the_share_of_subsets_with_a_correct_one():
     assert powers_of_two(1) == [1] and powers_of_two(8) == [1, 2, 4, 8] and powers_of_two(6) == [1, 2, 4, 6]
 
 
-def test_intervals_by_hand():
-    assert mean_interval([0.0, 1.0]) == pytest.approx((0.5 - 1.959964 / 2, 0.5 + 1.959964 / 2))  # s = 1/sqrt(2), n = 2
-    assert mean_interval([0.25]) == (0.25, 0.25)
-    found = paired_difference([1.0, 1.0, 0.0, 1.0], [0.0, 1.0, 1.0, 0.0])
+def answered(*verdicts):
+    """Answers with these verdicts, 1 for correct."""
+    return [Answer(0, 0, 4, "", "", 0.0, "correct" if verdict else "wrong", 4, {}, 4) for verdict in verdicts]
+
+
+def test_a_paired_difference_by_hand():
+    found = compare(answered(1, 1, 0, 1), answered(0, 1, 1, 0), 1)
     assert (found["difference"], found["won"], found["lost"]) == (0.25, 2, 1)
-    half = 1.959964 * math.sqrt((2 * 0.75**2 + 0.25**2 + 1.25**2) / 3) / 2
-    assert found["difference_ci95"] == pytest.approx([0.25 - half, 0.25 + half])
+    half = 3.182446 * math.sqrt((2 * 0.75**2 + 0.25**2 + 1.25**2) / 3) / 2  # t of three degrees of freedom, tabulated
+    assert found["difference_ci95"] == pytest.approx([0.25 - half, 0.25 + half], abs=1e-6)
+    assert compare(answered(1, 1, 0, 1), answered(0, 1, 1, 1), 2)["difference"] == -0.0
+    assert compare(answered(1), answered(0), 1)["difference_ci95"] == [-1.0, 1.0]  # one example says nothing
     assert unique_share(["a", "a", "b", "c"], 2) == 0.75
+
+
+def test_the_interval_of_several_completions_allows_for_their_dependence():
+    # completions that always agree count once, those of examples that do not differ count each
+    assert share([0.0, 1.0, 1.0, 0.0], 8)["ci95"] == pytest.approx(wilson(2, 4), abs=1e-12)
+    assert share([0.5] * 4, 8)["ci95"] == pytest.approx(wilson(16, 32), abs=1e-12)
+    # p = 1/2, s² = 1/16, so 16 independent completions would be as sure: n p (1 - p) / s² = 4 · 1/4 · 16
+    assert share([0.25, 0.75, 0.25, 0.75], 8)["ci95"] == pytest.approx(wilson(8, 16), abs=1e-12)
+    assert share([0.0] * 4, 8)["ci95"] == list(wilson(0, 4))  # not [0, 0]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +77,8 @@ def test_several_samples_give_pass_at_k_and_their_completions(models, tmp_path, 
     assert row["num_samples"] == 4 and row["num_examples"] == 12 and row["accuracy"] == row["pass@1"] <= row["pass@4"]
     assert row["reward"] == pytest.approx(sum(line["reward"] for line in lines) / 48)
     assert row["unique_completion_rate"] > 0.9
-    assert "pass@4" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "16 tokens: pass@1" in shown and "% not parsed" in shown and "tokens/s" in shown
     again = ["--num-samples", "4", "--temperature", "1", "--batch-size", "5"]
     (other,) = json.loads(evaluate(models, tmp_path, *again, name="again.json")[1].read_text())
     assert other["reward"] == row["reward"]
@@ -86,6 +102,7 @@ def test_rows_as_markdown_and_latex(models, tmp_path):
     heading, rule, line = text.splitlines()
     assert heading.startswith("| model | task | examples | tokens | steps | accuracy, % |") and set(rule) <= set("| -")
     assert line.startswith("| 0 | sudoku | 12 | 16 | 16 |") and line.count("|") == heading.count("|")
+    assert heading.endswith("| difference, points | unparsed, % | tokens/s |")
     latex = evaluate(models, tmp_path, name="rows.tex")[1].read_text()
     assert "\\begin{tabular}{ll" in latex and "accuracy, \\%" in latex and latex.rstrip().endswith("\\end{tabular}")
     assert latex.count("\\\\") == 2

@@ -10,7 +10,8 @@ import torch
 
 from tests.helpers import tiny_policy
 from unmask.errors import DataError
-from unmask.evaluation import Setting, evaluate, share, wilson
+from unmask.evaluation import Setting, evaluate, share
+from unmask.intervals import wilson
 from unmask.noise import Noise
 from unmask.runs import plain
 from unmask.samplers import SAMPLERS
@@ -115,10 +116,10 @@ def test_the_numbers_do_not_depend_on_the_batch_size():
     rows = []
     for size in (1, 3, 64):
         sampler = SAMPLERS["roar"](gen_length=16)
-        row, rollouts = evaluate(
+        row, answers = evaluate(
             tiny_policy(), task, task.examples("test"), sampler, setting, noise=Noise(0), batch_size=size
         )
-        rows.append([rollouts.completions, row["reward"], row["statuses"]])
+        rows.append([[answer.completion for answer in answers], row["reward"], row["statuses"]])
     assert rows[0] == rows[1] == rows[2]
 
 

@@ -26,12 +26,12 @@ ROWS = (
     ("data_check",),
     ("evaluation", "report", "doctor", "detectors", "preferences"),
     ("figures",),
-    ("rollout", "runs", "checkpoint", "demonstrations", "critic"),
+    ("rollout", "runs", "checkpoint", "demonstrations", "critic", "kept"),
     ("objectives", "scoring", "samplers", "sharding", "buffer"),
     ("corruption", "corruption_steps", "likelihood", "advantages", "models", "tasks"),
     ("noise", "ranks"),  # tasks draw their puzzles with noise
     ("config", "schedule", "rows", "sandbox", "protocols"),
-    ("types", "optional", "places", "isolation", "files"),
+    ("types", "optional", "places", "isolation", "files", "intervals", "tables"),
     ("errors",),
     ("unmask",),  # the package itself: the version, and names that are looked up when first used
     ("_auto",),

@@ -6,6 +6,8 @@ may be added. Everything a user can mend is raised as an `UnmaskError` with one 
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,21 +18,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unmask.bases import model_directory
+from unmask.bases import model_directory, weights_digest
 from unmask.build import Named, make_sampler, make_task, sft_recipe, train_recipe
 from unmask.config import apply_overrides, read_recipe
 from unmask.corruption import draw_uniform_count
 from unmask.errors import ConfigError, DataError
-from unmask.evaluation import Setting
+from unmask.evaluation import Answer, Setting
 from unmask.evaluation import evaluate as evaluate_policy
+from unmask.kept import Kept
 from unmask.launch import check_prompts, run_recipe
 from unmask.likelihood import elbo as weighted_sum
 from unmask.likelihood import eubo as log_mean_power
 from unmask.models import MaskedPolicy, load
 from unmask.noise import Noise
+from unmask.ranks import num_ranks, rank
 from unmask.run_log import SilentView, View
 from unmask.scoring import score
-from unmask.types import Corruption, PromptBatch, Rollouts, Sampler, take_rows
+from unmask.types import Corruption, Example, PromptBatch, Rollouts, Sampler, take_rows
 
 Prompt = str | list[dict[str, str]]
 """Text that the model reads as it is, or chat messages."""
@@ -132,6 +136,7 @@ def evaluate(
     Greedy unless `temperature` is above 0; length and steps default to what the task declares. `data` is a file whose
     rows take the place of the task's test split; `limit` keeps the first examples; further keywords are task options.
     `accuracy`, `parse_failures` and the like are fractions, `ci95` is a 95 % Wilson interval, `seconds` wall time.
+    In a script under `accelerate launch` whose processes have met, each of them takes its share of the batches.
 
     Raises: ConfigError, DataError or ModelError. Example: evaluate("runs/mine", "sudoku", num_steps=8)["accuracy"]
     """
@@ -185,9 +190,11 @@ def evaluation_rows(
     seed: int,
     num_samples: int = 1,
     view: View | None = None,
-) -> list[tuple[dict[str, Any], Rollouts]]:
+    kept: Kept | None = None,
+    role: str = "model",
+) -> list[tuple[dict[str, Any], list[Answer]]]:
     """One evaluation row for each sampler, on the same examples and noise, each with its completions; the model is
-    loaded last."""
+    loaded last. What is finished of it is kept in `kept` under the model's role."""
     for key, value in (("limit", limit), ("batch_size", batch_size), ("num_samples", num_samples)):
         if value is not None and value < 1:
             raise ConfigError(f"{key} = {value}: must be at least 1. Try 256.")
@@ -196,9 +203,19 @@ def evaluation_rows(
     policy = open_model(model)
     for sampler in samplers:
         check_prompts(policy, examples, sampler.value.gen_length)
+    if kept:
+        kept.check(role, identity(policy, examples))
+    total = len(examples) * num_samples
+    if 0 < -(-total // batch_size) < num_ranks():
+        view.note(
+            f"{total} completions in batches of {batch_size} do not occupy {num_ranks()} processes. "
+            "Take a smaller batch size."
+        )
     rows = []
-    for sampler in samplers:
-        view.stage(f"evaluating, {sampler.value.gen_length} tokens", len(examples) * num_samples)
+    for place, sampler in enumerate(samplers):
+        name = f"{role} {place}"
+        done = sum(len(part["answers"]) for part in kept.parts(name).values()) if kept else 0
+        view.stage(f"evaluating, {sampler.value.gen_length} tokens", total, done)
         setting = Setting(task.name, task.value.source(split), sampler.name, task.value.prompt, policy.name, seed)
         rows.append(
             evaluate_policy(
@@ -211,9 +228,26 @@ def evaluation_rows(
                 batch_size=batch_size,
                 num_samples=num_samples,
                 on_rows=view.advance,
+                kept=kept,
+                name=name,
             )
         )
     return rows
+
+
+def identity(policy: MaskedPolicy, examples: Sequence[Example]) -> dict[str, str]:
+    """What completions and verdicts rest on beside settings: digests of the weights, and of the examples as the model
+    reads them and as the task judges them; the kind of device."""
+    texts = [policy.render(example.prompt) for example in examples]
+    ids, _ = policy.encode_prompts(texts, 1)
+    columns = [[example.id, text, dict(example.columns)] for example, text in zip(examples, texts, strict=True)]
+    content = hashlib.sha256(json.dumps(columns, default=str, sort_keys=True).encode())
+    content.update(json.dumps(ids.tolist()).encode())
+    return {
+        "weights": weights_digest(policy.module) if rank() == 0 else "",  # the first process compares
+        "examples": content.hexdigest(),
+        "device": policy.device.type,
+    }
 
 
 def sample(

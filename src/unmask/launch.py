@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -32,7 +32,7 @@ from unmask.models import MaskedPolicy, build_tiny
 from unmask.noise import Noise
 from unmask.optional import optional
 from unmask.preferences import read_preferences
-from unmask.ranks import gather_objects, own_rows, rank
+from unmask.ranks import gather_objects, num_ranks, own_rows, rank
 from unmask.rollout import DemonstrationSource, GroupSource, Source
 from unmask.run_log import RunLog, SilentView, StopRequest, View, restore_weights
 from unmask.runs import RunDirectory
@@ -150,6 +150,13 @@ def make_accelerator(tracking: TrackingConfig, run: RunDirectory) -> Accelerator
             # buffers are constants of the model; sending them would make every forward wait for all processes
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
+
+
+def join_processes() -> None:
+    """Meet the launcher's other processes, if there are any, where nothing is trained: each has the whole model."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        with unknown_to_accelerate():
+            PartialState(cpu=not torch.accelerator.is_available())
 
 
 def open_run(output: str | Path, resume: bool) -> RunDirectory:
@@ -285,7 +292,8 @@ class Evaluator:
             sampler,
             setting,
             noise=self.noise,
-            batch_size=self.config.batch_size,
+            # processes take whole batches: none of them waits while there are examples
+            batch_size=min(self.config.batch_size, -(-len(examples) // num_ranks())) or 1,
             on_rows=on_rows,
         )
         return row

@@ -225,6 +225,19 @@ def join_samples(parts: Sequence[Samples]) -> Samples:
     return Samples(*(torch.cat([getattr(p, name) for p in parts]) for name in Samples.__dataclass_fields__))
 
 
+def verdicts(
+    policy: TextPolicy,
+    task: Task,
+    examples: Sequence[Example],
+    completion_ids: Tensor,  # (B, L) int64
+) -> tuple[list[str], list[int], list[Score]]:
+    """Completions as text, their lengths in tokens up to and including the stop token, and the task's scores."""
+    completions = policy.decode(completion_ids)
+    lengths = policy.completion_lengths(completion_ids).tolist()
+    ids = [row[:length] for row, length in zip(completion_ids.tolist(), lengths, strict=True)]
+    return completions, lengths, judge(task, examples, completions, ids)
+
+
 def judged(
     policy: TextPolicy,
     task: Task,
@@ -236,10 +249,7 @@ def judged(
 ) -> Rollouts:
     """Finished completions with the task's scores."""
     with failing_together():
-        completions = policy.decode(samples.completion_ids)
-        lengths = policy.completion_lengths(samples.completion_ids).tolist()
-        ids = [row[:length] for row, length in zip(samples.completion_ids.tolist(), lengths, strict=True)]
-        scores = judge(task, examples, completions, ids)
+        completions, lengths, scores = verdicts(policy, task, examples, samples.completion_ids)
     return Rollouts(
         prompt_ids=batch.prompt_ids,
         prompt_mask=batch.prompt_mask,
@@ -248,7 +258,7 @@ def judged(
         rollout_index=batch.rollout_index,
         groups=groups.to(policy.device),
         rewards=torch.tensor([s.value for s in scores], dtype=torch.float64, device=policy.device),
-        length=policy.completion_lengths(samples.completion_ids),
+        length=torch.tensor(lengths, device=policy.device),
         reveal_step=samples.reveal_step,
         sample_logps=samples.logps,
         nfe=samples.nfe,

@@ -13,6 +13,11 @@ follow as key=value, such as prompt=d1 parser=d1.
   unmask eval runs/mine --task sudoku --completions completions.jsonl    what was written, with verdicts
 
 The ending of --output says how rows are written: .json, .md (a Markdown table) or .tex (a LaTeX table).
+
+Every finished batch is kept in FILE.partial, FILE being that of --completions, or else of --output. Interrupted, the
+same command goes on from there; at the end that file is removed.
+
+  accelerate launch --config_file recipes/accelerate/ddp.yaml --num_processes 8 -m unmask eval ...    batches in turn
 """
 
 from __future__ import annotations
@@ -20,19 +25,26 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from unmask import __version__
 from unmask.api import decoding, evaluation_rows, evaluation_task
+from unmask.build import Named
 from unmask.cli.view import open_view, print_rows
-from unmask.comparison.tables import escape
-from unmask.config import apply_overrides
+from unmask.config import apply_overrides, to_table
 from unmask.errors import ConfigError
-from unmask.evaluation import by_example, paired_difference
+from unmask.evaluation import Answer, compare
+from unmask.kept import Kept
+from unmask.launch import join_processes
 from unmask.protocols import LENGTHS, PROTOCOLS, task_options
+from unmask.ranks import rank
+from unmask.run_log import View
 from unmask.runs import plain, write_atomic
-from unmask.types import Rollouts
+from unmask.tables import latex_table, markdown_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +68,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-length", type=int, metavar="N", help="semi-autoregressive block (default: one block)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument(
-        "--batch-size", type=int, default=256, metavar="N", help="completions per forward (default: 256)"
+        "--batch-size",
+        type=int,
+        default=256,
+        metavar="N",
+        help="completions per forward; processes take batches in turn (default: 256)",
     )
     parser.add_argument(
         "--num-samples", type=int, default=1, metavar="N", help="completions per example, for pass@k (default: 1)"
@@ -64,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--baseline", metavar="MODEL", help="another model on the same examples, to compare with")
     parser.add_argument("--completions", metavar="FILE", help="write every completion with its verdict as JSON lines")
     parser.add_argument("--seed", type=int, default=0, help="noise of sampling at temperature above 0 (default: 0)")
-    parser.add_argument("--output", metavar="FILE", help="write the rows as JSON")
+    parser.add_argument("--output", metavar="FILE", help="write the rows (.json, .md or .tex)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
     parser.add_argument("options", nargs="*", metavar="key=value", help="further task options")
 
@@ -76,6 +92,29 @@ def run(args: argparse.Namespace) -> None:
         decoding(task, args.sampler, gen_length=length, temperature=args.temperature, **pace(args, length))
         for length in (LENGTHS if args.preset and not args.gen_length else lengths(args.gen_length))
     ]
+    check(args)
+    join_processes()
+    with open_kept(args, task, samplers) as kept:
+        with open_view(args.quiet) as view:
+            rows, completions = evaluate(args, task, samplers, view, kept)
+        if rank() != 0:
+            return
+        if args.completions:
+            write_completions(Path(args.completions), completions)
+        if args.output:
+            write_atomic(Path(args.output), WRITERS[Path(args.output).suffix](rows))
+        if kept:
+            kept.remove()
+    print_rows([(Path(row["model"]).name, row) for row in rows], f"{args.model} on {args.task}")
+    for row in rows:
+        print("".join(f"{line}\n" for line in facts(row)), end="")
+    for what, file in (("rows", args.output), ("completions", args.completions)):
+        if file:
+            print(f"{what} written to {file}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises: ConfigError, before the work, for options that do not go together or files that cannot be written."""
     if args.output:
         check_output(Path(args.output))
         if Path(args.output).suffix not in WRITERS:
@@ -84,32 +123,48 @@ def run(args: argparse.Namespace) -> None:
         check_output(Path(args.completions), "--completions")
     if args.num_samples > 1 and args.temperature == 0:
         raise ConfigError("--num-samples above 1 at temperature 0 writes the same again. Try --temperature 0.9.")
+
+
+@contextmanager
+def open_kept(args: argparse.Namespace, task: Named, samplers: Sequence[Named]) -> Iterator[Kept | None]:
+    """Where finished batches are kept until all are: beside the completions, or else beside the rows."""
+    if not (args.completions or args.output):
+        yield None
+        return
+    settings: dict[str, Any] = {"unmask": __version__}
+    settings |= {key: getattr(args, key) for key in ("model", "baseline", "split", "limit", "batch_size", "seed")}
+    settings |= {"num_samples": args.num_samples, "lengths": [sampler.value.gen_length for sampler in samplers]}
+    for part, named in (("task", task), *((f"sampler {n}", sampler) for n, sampler in enumerate(samplers, start=1))):
+        settings |= {f"{part} {key}": value for key, value in to_table(named.value, named.name).items()}
+    kept = Kept(Path(f"{args.completions or args.output}.partial"))
+    try:
+        kept.check("the command's", settings)
+        yield kept
+    finally:
+        kept.close()
+
+
+def evaluate(
+    args: argparse.Namespace, task: Named, samplers: Sequence[Named], view: View, kept: Kept | None
+) -> tuple[list[dict[str, Any]], list[Answer]]:
+    """The rows, compared with the baseline if there is one, and all completions of the model."""
     settings: dict[str, Any] = {
         "split": args.split,
         "limit": args.limit,
         "batch_size": args.batch_size,
         "seed": args.seed,
         "num_samples": args.num_samples,
+        "view": view,
+        "kept": kept,
     }
-    with open_view(args.quiet) as view:
-        found = evaluation_rows(args.model, task, samplers, view=view, **settings)
-        if args.baseline:
-            others = evaluation_rows(args.baseline, task, samplers, view=view, **settings)
+    found = evaluation_rows(args.model, task, samplers, **settings)
     rows = [row for row, _ in found]
     if args.baseline:
+        others = evaluation_rows(args.baseline, task, samplers, role="baseline", **settings)
         for (row, own), (other, theirs) in zip(found, others, strict=True):
             row |= {"baseline": other["model"], "baseline_accuracy": other["accuracy"]}
             row |= compare(own, theirs, args.num_samples)
-    if args.completions:
-        write_completions(Path(args.completions), [rollouts for _, rollouts in found], args.num_samples)
-    if args.output:
-        write_atomic(Path(args.output), WRITERS[Path(args.output).suffix](rows))
-    print_rows([(Path(row["model"]).name, row) for row in rows], f"{args.model} on {args.task}")
-    for row in rows:
-        print("".join(f"{line}\n" for line in facts(row)), end="")
-    for what, file in (("rows", args.output), ("completions", args.completions)):
-        if file:
-            print(f"{what} written to {file}")
+    return rows, [answer for _, answers in found for answer in answers]
 
 
 def pace(args: argparse.Namespace, length: int | None) -> dict[str, int | None]:
@@ -122,45 +177,26 @@ def pace(args: argparse.Namespace, length: int | None) -> dict[str, int | None]:
     return {key: own[key] if value is None else value for key, value in given.items()}
 
 
-def compare(own: Rollouts, theirs: Rollouts, num_samples: int) -> dict[str, Any]:
-    """Paired differences of two models' completions of the same examples."""
-    means = [[sum(v) / len(v) for v in by_example(rollouts, num_samples)] for rollouts in (own, theirs)]
-    return paired_difference(*means)
-
-
 def facts(row: Mapping[str, Any]) -> list[str]:
-    """What has no column: pass@k, and the difference to a baseline."""
-    lines = []
-    chances = [f"{key} {100 * row[key]:.1f} %" for key in row if key.startswith("pass@")]
-    if chances:
-        lines.append(f"{', '.join(chances)}; {100 * row['unique_completion_rate']:.0f} % of completions are unique")
+    """What has no column: failures, pace, pass@k, and the difference to a baseline."""
+    numbers = [f"{key} {100 * row[key]:.1f} %" for key in row if key.startswith("pass@")]
+    if numbers:
+        numbers.append(f"{100 * row['unique_completion_rate']:.0f} % of completions are unique")
+    numbers += [f"{100 * row['parse_failures']:.1f} % not parsed", f"{row['tokens_per_second']:.0f} tokens/s"]
+    lines = [f"{row['gen_length']} tokens: {', '.join(numbers)}"]
     if "difference" in row:
         low, high = (100 * bound for bound in row["difference_ci95"])
         lines.append(
-            f"{row['baseline']}: {100 * row['baseline_accuracy']:.1f} %; difference {100 * row['difference']:+.1f} "
-            f"points ({low:+.1f} to {high:+.1f}), {row['won']} examples won, {row['lost']} lost"
+            f"{row['gen_length']} tokens, {row['baseline']}: {100 * row['baseline_accuracy']:.1f} %; "
+            f"difference {100 * row['difference']:+.1f} points ({low:+.1f} to {high:+.1f}), "
+            f"{row['won']} examples won, {row['lost']} lost"
         )
     return lines
 
 
-def write_completions(file: Path, evaluations: Sequence[Rollouts], num_samples: int) -> None:
+def write_completions(file: Path, answers: Sequence[Answer]) -> None:
     """One row for each completion, with what was asked and how it was judged."""
-    rows = []
-    for rollouts in evaluations:
-        for place in range(len(rollouts)):
-            rows.append(
-                {
-                    "prompt_id": int(rollouts.prompt_key[place]),
-                    "sample": place % num_samples,
-                    "gen_length": rollouts.completion_length,
-                    "prompt": rollouts.prompts[place],
-                    "completion": rollouts.completions[place],
-                    "reward": float(rollouts.rewards[place]),
-                    "status": rollouts.statuses[place],
-                    "length": int(rollouts.length[place]),
-                    "facts": dict(rollouts.facts[place]),
-                }
-            )
+    rows = [{key: value for key, value in asdict(answer).items() if key != "nfe"} for answer in answers]
     write_atomic(file, "".join(json.dumps(plain(row), ensure_ascii=False) + "\n" for row in rows))
 
 
@@ -169,8 +205,10 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     shares = list(dict.fromkeys(k for row in rows for k in row if k.endswith("_accuracy") or k.startswith("pass@")))
     names = [key.removesuffix("_accuracy") for key in shares]
     has_baseline = any("difference" in row for row in rows)
+    rates = {"parse_failures": "unparsed, %", "unique_completion_rate": "unique, %"}
+    rates = {key: name for key, name in rates.items() if any(key in row for row in rows)}
     heading = ["model", "task", "examples", "tokens", "steps", "accuracy, %", "95 % interval", *names]
-    lines = [heading + ["difference, points"] * has_baseline + ["tokens/s"]]
+    lines = [heading + ["difference, points"] * has_baseline + [*rates.values(), "tokens/s"]]
     for row in rows:
         low, high = (f"{100 * bound:.1f}" for bound in row["ci95"])
         line = [Path(row["model"]).name, row["task"], str(row["num_examples"]), str(row["gen_length"])]
@@ -179,6 +217,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         if has_baseline:
             bounds = " to ".join(f"{100 * bound:+.1f}" for bound in row["difference_ci95"])
             line.append(f"{100 * row['difference']:+.1f} ({bounds})")
+        line += [f"{100 * row[key]:.1f}" for key in rates]
         lines.append([*line, f"{row['tokens_per_second']:.0f}"])
     return lines
 
@@ -188,20 +227,11 @@ def as_json(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def as_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    heading, *lines = cells(rows)
-    return "\n".join("| " + " | ".join(line) + " |" for line in (heading, ["---"] * len(heading), *lines)) + "\n"
+    return markdown_table(*cells(rows)) + "\n"
 
 
 def as_latex(rows: Sequence[Mapping[str, Any]]) -> str:
-    heading, *lines = [[escape(text) for text in line] for line in cells(rows)]
-    body = [" & ".join(line) + " \\\\" for line in lines]
-    head = [
-        f"\\begin{{tabular}}{{ll{'r' * (len(heading) - 2)}}}",
-        "\\toprule",
-        " & ".join(heading) + " \\\\",
-        "\\midrule",
-    ]
-    return "\n".join(["% \\usepackage{booktabs}", *head, *body, "\\bottomrule", "\\end{tabular}"]) + "\n"
+    return latex_table(*cells(rows)) + "\n"
 
 
 WRITERS = {".json": as_json, ".md": as_markdown, ".tex": as_latex}

@@ -8,8 +8,8 @@ from typing import Any
 
 from unmask.comparison.measures import curves
 from unmask.comparison.planning import Comparison
-from unmask.comparison.statistics import Interval, mean_interval
 from unmask.figures import load_pyplot, save_figure
+from unmask.intervals import Interval, mean_interval
 
 PANELS = {"accuracy": "held-out accuracy", "reward": "reward of rollouts"}
 

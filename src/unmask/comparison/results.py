@@ -10,7 +10,7 @@ from unmask import __version__
 from unmask.comparison.measures import base_accuracies, measure
 from unmask.comparison.planning import Comparison, Run, read_flops
 from unmask.comparison.processes import read_record
-from unmask.comparison.statistics import mean_interval, paired_difference, paired_ratio
+from unmask.intervals import mean_interval, paired_difference, paired_ratio
 
 COST = "relative_cost"
 

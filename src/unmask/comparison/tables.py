@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from unmask.tables import latex_table, markdown_table
 
 NONE = "-"
 FAILED = "failed"
@@ -118,13 +119,10 @@ def notes(tree: Mapping[str, Any]) -> list[str]:
 
 def markdown(tree: Mapping[str, Any]) -> str:
     """A Markdown table with its notes."""
-    heading, *rows = [[text.replace("|", "\\|") for text in row] for row in cells(tree)]
     lines = [
         f"# {tree['budget']:,} rollouts of {tree['recipe']}",
         "",
-        "| " + " | ".join(heading) + " |",
-        "|" + " --- |" * len(heading),
-        *("| " + " | ".join(row) + " |" for row in rows),
+        markdown_table(*cells(tree)),
         "",
         *(f"- {line}" for line in notes(tree)),
     ]
@@ -133,24 +131,4 @@ def markdown(tree: Mapping[str, Any]) -> str:
 
 def latex(tree: Mapping[str, Any]) -> str:
     """A `tabular` in the style of booktabs, with its notes as comments."""
-    heading, *rows = [[escape(text) for text in row] for row in cells(tree)]
-    lines = [
-        "% \\usepackage{booktabs}",
-        *(f"% {line}" for line in notes(tree)),
-        f"\\begin{{tabular}}{{ll{'r' * (len(heading) - 2)}}}",
-        "\\toprule",
-        " & ".join(heading) + " \\\\",
-        "\\midrule",
-        *(" & ".join(row) + " \\\\" for row in rows),
-        "\\bottomrule",
-        "\\end{tabular}",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def escape(text: str) -> str:
-    """Plain text as LaTeX; the minus of a number is a minus."""
-    special = {"\\": "\\textbackslash{}", "~": "\\textasciitilde{}", "^": "\\textasciicircum{}"}
-    special |= {character: f"\\{character}" for character in "&%$#_{}"}
-    written = "".join(special.get(character, character) for character in text)
-    return re.sub(r"(?<!\w)-(?=\d)", "$-$", written)
+    return latex_table(*cells(tree), notes=notes(tree)) + "\n"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.figures import load_pyplot, save_figure
+from unmask.tables import markdown_table
 
 Table = tuple[str, list[str], list[list[str]]]
 """Title, column names and rows of text; the first column names the row."""
@@ -148,8 +149,7 @@ def markdown(found: dict[str, Any]) -> str:
     """The whole diagnosis as Markdown."""
     parts = ["# Likelihood estimators against enumeration", headline(found)]
     for title, columns, rows in tables(found):
-        lines = [columns, ["---"] * len(columns), *rows]
-        parts += [f"## {title}", "\n".join("| " + " | ".join(line) + " |" for line in lines)]
+        parts += [f"## {title}", markdown_table(columns, *rows)]
     return "\n\n".join(parts) + "\n"
 
 

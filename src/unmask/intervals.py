@@ -1,4 +1,8 @@
-"""Means over seeds with Student's interval; nothing here knows what is compared."""
+"""Shares and means with 95 % intervals; nothing here knows what is counted or compared.
+
+A share of examples has Wilson's interval, which lies within 0 and 1 and has a width where none or all are correct. A
+mean of other numbers (over seeds; differences of two models over examples) has Student's.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 CONFIDENCE = 0.95
+NORMAL_QUANTILE = 1.959964
+"""z with P(|Z| <= z) = 95 % for a standard normal Z."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,16 @@ class Interval:
         """For JSON."""
         ci95 = None if self.low is None else [self.low, self.high]
         return {"mean": self.mean, "ci95": ci95, "deviation": self.deviation, "count": self.count}
+
+
+def wilson(successes: float, total: float, z: float = NORMAL_QUANTILE) -> tuple[float, float]:
+    """95 % score interval of a share (Wilson 1927); (0, 1) for no data."""
+    if total == 0:
+        return 0.0, 1.0
+    p = successes / total
+    centre = (p + z * z / (2 * total)) / (1 + z * z / total)
+    half = z / (1 + z * z / total) * math.sqrt(p * (1 - p) / total + z * z / (4 * total * total))
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
@@ -47,8 +63,8 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def paired_difference(values: Mapping[int, float], first: Mapping[int, float]) -> Interval | None:
-    """values - first, seed by seed, over the seeds that both have; None if there is none."""
-    shared = [values[seed] - first[seed] for seed in values if seed in first]
+    """values - first, key by key (seeds, or examples), over the keys that both have; None if there is none."""
+    shared = [values[key] - first[key] for key in values if key in first]
     return mean_interval(shared) if shared else None
 
 
