@@ -301,6 +301,23 @@ def test_sample_prints_the_canvas_and_then_the_text(capsys):
     assert text == unmask.sample("model", "3102200002100320|", num_steps=4)
 
 
+def test_sampler_settings_follow_as_words(tmp_path, finished, capsys):
+    run("sample", "model", "3102200002100320|", "sampler.threshold=0.0")
+    *steps, text = capsys.readouterr().out.splitlines()
+    assert len(steps) == 1 and text == unmask.sample("model", "3102200002100320|", threshold=0.0)
+    options = ("--task", "sudoku", "--limit", 3, "sampler.threshold=0.0", "sampler.cache=prefix")
+    (row,) = evaluated(tmp_path, finished, *options)
+    assert row["nfe_per_completion"] == 1 and row["sampler_options"] == {"threshold": 0.0, "cache": "prefix"}
+    same = unmask.evaluate(finished, "sudoku", limit=3, sampler_options={"threshold": 0.0, "cache": "prefix"})
+    assert same["accuracy"] == row["accuracy"]
+    for words, message in [
+        (["sampler.treshold=0.9"], "treshold"),
+        (["threshold=0.9"], r"threshold=0.9: only settings of the sampler go here"),
+    ]:
+        assert main(["sample", "model", "31|", *words]) == 2
+        assert message in capsys.readouterr().err
+
+
 def test_sample_in_a_chat(capsys):
     run("sample", "model", "12", "--chat", "--gen-length", 4)
     text = capsys.readouterr().out.splitlines()[-1]

@@ -127,6 +127,7 @@ def evaluate(
     batch_size: int = 256,
     seed: int = 0,
     num_samples: int = 1,
+    sampler_options: Mapping[str, Any] | None = None,
     view: View | None = None,
     **task_options: Any,
 ) -> dict[str, Any]:
@@ -134,7 +135,8 @@ def evaluate(
     example, with `pass@k` where there are several.
 
     Greedy unless `temperature` is above 0; length and steps default to what the task declares. `data` is a file whose
-    rows take the place of the task's test split; `limit` keeps the first examples; further keywords are task options.
+    rows take the place of the task's test split; `limit` keeps the first examples; `sampler_options` are further
+    settings of the sampler, such as {"threshold": 0.9}; further keywords are task options.
     `accuracy`, `parse_failures` and the like are fractions, `ci95` is a 95 % Wilson interval, `seconds` wall time.
     In a script under `accelerate launch` whose processes have met, each of them takes its share of the batches.
 
@@ -148,6 +150,7 @@ def evaluate(
         num_steps=num_steps,
         block_length=block_length,
         temperature=temperature,
+        **sampler_options or {},
     )
     ((row, _),) = evaluation_rows(
         model,
@@ -260,8 +263,11 @@ def sample(
     block_length: int | None = None,
     temperature: float = 0.0,
     seed: int = 0,
+    **sampler_options: Any,
 ) -> str | list[str]:
     """The completion of a prompt, or a list of them for a list of prompts, without the stop token and what follows it.
+
+    Further keywords are settings of the sampler, such as threshold=0.9 or cache="dual".
 
     A list of messages ({"role": ..., "content": ...}) is one prompt and goes through the model's chat template.
 
@@ -275,6 +281,7 @@ def sample(
         num_steps=num_steps,
         block_length=block_length,
         temperature=temperature,
+        **sampler_options,
     )
     is_one = isinstance(prompt, str) or (bool(prompt) and isinstance(prompt[0], Mapping))
     texts = complete(open_model(model), [prompt] if is_one else list(prompt), decoder.value, seed=seed)  # type: ignore[list-item, arg-type]

@@ -216,6 +216,14 @@ def compare(own: Sequence[Answer], theirs: Sequence[Answer], num_samples: int) -
     }
 
 
+def further_settings(sampler: Sampler) -> dict[str, Any]:
+    """{"sampler_options": settings that have no column and are not the default ones}, or nothing."""
+    has_column = ("gen_length", "num_steps", "block_length", "temperature")
+    known = [f for f in getattr(sampler, "__dataclass_fields__", {}).values() if f.name not in has_column]
+    changed = {f.name: getattr(sampler, f.name) for f in known if getattr(sampler, f.name) != f.default}
+    return {"sampler_options": changed} if changed else {}
+
+
 def summarise(
     task: Task,
     examples: Sequence[Example],
@@ -249,6 +257,7 @@ def summarise(
         "block_length": getattr(sampler, "block_length", None) or sampler.gen_length,
         "temperature": getattr(sampler, "temperature", 0.0),
         "sampler": setting.sampler,
+        **further_settings(sampler),
         "prompt": setting.prompt,
         "nfe_per_completion": sum(answer.nfe for answer in answers) / len(answers),
         "seconds": seconds,

@@ -5,7 +5,7 @@
 
 MODEL is a model directory or a run directory. Decoding is greedy and in order of confidence unless told otherwise;
 length and steps default to what the task declares. --gen-length takes several lengths, one row each. Task options
-follow as key=value, such as prompt=d1 parser=d1.
+follow as key=value, such as prompt=d1 parser=d1; sampler.threshold=0.9 and the like are the sampler's.
 
   unmask eval runs/mine --task gsm8k --preset espo                     128, 256 and 512 tokens as the paper did
   unmask eval runs/mine --task sudoku --baseline runs/base             paired differences, with intervals
@@ -34,6 +34,7 @@ from typing import Any
 from unmask import __version__
 from unmask.api import decoding, evaluation_rows, evaluation_task
 from unmask.build import Named
+from unmask.cli.decoding import add_sampler_arguments, sampler_fields, split_options
 from unmask.cli.view import open_view, print_rows
 from unmask.config import apply_overrides, to_table
 from unmask.errors import ConfigError
@@ -53,20 +54,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="a data file of the task (default: its generated test split)")
     parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
-    parser.add_argument(
-        "--sampler",
-        default="low_confidence",
-        help="sampler name (default: low_confidence; block-causal models need block_diffusion)",
-    )
+    add_sampler_arguments(parser)
     parser.add_argument(
         "--gen-length", metavar="N[,N...]", help="canvas tokens, one row for each (default: the task's)"
     )
     parser.add_argument(
         "--preset", metavar="NAME", help=f"a paper's lengths, steps, prompt and parser: {', '.join(PROTOCOLS)}"
     )
-    parser.add_argument("--num-steps", type=int, metavar="N", help="denoising steps (default: one token per step)")
-    parser.add_argument("--block-length", type=int, metavar="N", help="semi-autoregressive block (default: one block)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument(
         "--batch-size",
         type=int,
@@ -79,17 +73,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--baseline", metavar="MODEL", help="another model on the same examples, to compare with")
     parser.add_argument("--completions", metavar="FILE", help="write every completion with its verdict as JSON lines")
-    parser.add_argument("--seed", type=int, default=0, help="noise of sampling at temperature above 0 (default: 0)")
     parser.add_argument("--output", metavar="FILE", help="write the rows (.json, .md or .tex)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
-    parser.add_argument("options", nargs="*", metavar="key=value", help="further task options")
+    parser.add_argument(
+        "options", nargs="*", metavar="key=value", help="further task options; sampler.key=value for the sampler"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     options = task_options(args.preset, args.task) if args.preset else {}
-    task = evaluation_task(args.task, args.data, args.split, apply_overrides(options, args.options))
+    words, settings = split_options(args.options)
+    task = evaluation_task(args.task, args.data, args.split, apply_overrides(options, words))
     samplers = [
-        decoding(task, args.sampler, gen_length=length, temperature=args.temperature, **pace(args, length))
+        decoding(task, args.sampler, **sampler_fields(args) | pace(args, length) | {"gen_length": length} | settings)
         for length in (LENGTHS if args.preset and not args.gen_length else lengths(args.gen_length))
     ]
     check(args)
@@ -121,7 +117,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--output {args.output}: must end with {', '.join(WRITERS)}. Try rows.json.")
     if args.completions:
         check_output(Path(args.completions), "--completions")
-    if args.num_samples > 1 and args.temperature == 0:
+    if args.num_samples > 1 and args.temperature == 0 and not any("temperature" in word for word in args.options):
         raise ConfigError("--num-samples above 1 at temperature 0 writes the same again. Try --temperature 0.9.")
 
 

@@ -2,6 +2,7 @@
 
   unmask generate runs/mine prompts.jsonl --output completions.jsonl --gen-length 128
   unmask generate owner/model prompts.jsonl --output completions.jsonl --num-samples 4 --temperature 0.9
+  unmask generate owner/model prompts.jsonl --output fast.jsonl sampler.threshold=0.9 sampler.cache=dual
 
 A row of FILE has `prompt`, a text or a list of messages; its other columns are kept. Each row of the output adds
 `completion`, and `sample` (0, 1, ...) with --num-samples. Noise depends on the seed, the row and the sample alone, so
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import torch
 
-from unmask.api import decoding, open_model
+from unmask.api import open_model
+from unmask.cli.decoding import add_sampler_arguments, chosen_sampler
 from unmask.cli.eval_command import check_output
 from unmask.cli.view import open_view
 from unmask.errors import ConfigError, DataError
@@ -32,14 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", metavar="FILE", required=True, help="JSON lines file to write")
     parser.add_argument("--split", default="train", help="of a hub data set (default: train)")
     parser.add_argument("--num-samples", type=int, default=1, metavar="N", help="completions per prompt (default: 1)")
-    parser.add_argument("--sampler", default="low_confidence", help="sampler name (default: low_confidence)")
+    add_sampler_arguments(parser)
     parser.add_argument("--gen-length", type=int, default=128, metavar="N", help="canvas tokens (default: 128)")
-    parser.add_argument("--num-steps", type=int, metavar="N", help="denoising steps (default: one token per step)")
-    parser.add_argument("--block-length", type=int, metavar="N", help="semi-autoregressive block (default: one block)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="completions at a time (default: 32)")
-    parser.add_argument("--seed", type=int, default=0, help="noise at temperature above 0 (default: 0)")
     parser.add_argument("--quiet", action="store_true", help="no progress")
+    parser.add_argument("options", nargs="*", metavar="sampler.KEY=VALUE", help="further settings of the sampler")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -48,14 +47,7 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1. Try 1.")
     check_output(Path(args.output))
     rows = prompts(args.file, args.split)
-    sampler = decoding(
-        None,
-        args.sampler,
-        gen_length=args.gen_length,
-        num_steps=args.num_steps,
-        block_length=args.block_length,
-        temperature=args.temperature,
-    ).value
+    sampler = chosen_sampler(args, args.options, args.gen_length).value
     policy = open_model(args.model)
     texts = [policy.render(row["prompt"]) for row in rows for _ in range(args.num_samples)]
     ids, mask = policy.encode_prompts(texts, sampler.gen_length)

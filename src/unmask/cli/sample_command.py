@@ -1,6 +1,7 @@
 """One completion, printed as its tokens are revealed; masked places are shown as dots.
 
 unmask sample runs/mine "3102200002100320|"
+unmask sample runs/mine "3102200002100320|" sampler.threshold=0.9
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import sys
 
 from torch import Tensor
 
-from unmask.api import complete, decoding, open_model
+from unmask.api import complete, open_model
+from unmask.cli.decoding import add_sampler_arguments, chosen_sampler
 from unmask.models import MaskedPolicy
 
 
@@ -18,23 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model directory or a run directory")
     parser.add_argument("prompt", metavar="PROMPT", help="text of the prompt; with --chat, of one user message")
     parser.add_argument("--chat", action="store_true", help="put the prompt through the model's chat template")
-    parser.add_argument("--sampler", default="low_confidence", help="sampler name (default: low_confidence)")
+    add_sampler_arguments(parser)
     parser.add_argument("--gen-length", type=int, default=16, metavar="N", help="canvas tokens (default: 16)")
-    parser.add_argument("--num-steps", type=int, metavar="N", help="denoising steps (default: one token per step)")
-    parser.add_argument("--block-length", type=int, metavar="N", help="semi-autoregressive block (default: one block)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
-    parser.add_argument("--seed", type=int, default=0, help="noise at temperature above 0 (default: 0)")
+    parser.add_argument("options", nargs="*", metavar="sampler.KEY=VALUE", help="further settings of the sampler")
 
 
 def run(args: argparse.Namespace) -> None:
-    sampler = decoding(
-        None,
-        args.sampler,
-        gen_length=args.gen_length,
-        num_steps=args.num_steps,
-        block_length=args.block_length,
-        temperature=args.temperature,
-    ).value
+    sampler = chosen_sampler(args, args.options, args.gen_length).value
     policy = open_model(args.model)
     prompt = [{"role": "user", "content": args.prompt}] if args.chat else args.prompt
     show = CanvasPrinter(policy, args.gen_length)
