@@ -32,6 +32,7 @@ from unmask.errors import ConfigError
 from unmask.evaluation import by_example, paired_difference
 from unmask.protocols import LENGTHS, PROTOCOLS, task_options
 from unmask.runs import plain, write_atomic
+from unmask.samplers import SAMPLERS
 from unmask.types import Rollouts
 
 
@@ -118,8 +119,10 @@ def pace(args: argparse.Namespace, length: int | None) -> dict[str, int | None]:
     if not args.preset or length is None:
         return given
     protocol = PROTOCOLS[args.preset]
-    own = {"num_steps": protocol.num_steps(args.task, length), "block_length": min(protocol.block_length, length)}
-    return {key: own[key] if value is None else value for key, value in given.items()}
+    own: dict[str, int | None] = {"num_steps": protocol.num_steps(args.task, length)}
+    if "block_length" in getattr(SAMPLERS.get(args.sampler), "__dataclass_fields__", {}):  # Dream's has no blocks
+        own["block_length"] = min(protocol.block_length, length)
+    return {key: own.get(key) if value is None else value for key, value in given.items()}
 
 
 def compare(own: Rollouts, theirs: Rollouts, num_samples: int) -> dict[str, Any]:
