@@ -39,8 +39,13 @@ with open(Path(__file__).parent / "published_results.csv", newline="", encoding=
 
 # what the papers and their scripts state for all tasks, and for one
 SETTINGS: dict[str, dict[str, Any]] = {
-    "espo": {"algorithm.num_masks": 4, "optimizer.weight_decay": 0.01, "sampler.temperature": 0.9},
-    "espo gsm8k": {"algorithm.kl_coef": 1e-3, "algorithm.clip_low": 0.2, "rollout.group_size": 6},
+    "espo": {"algorithm.num_masks": 4, "algorithm.num_iterations": 8, "sampler.temperature": 0.9},
+    "espo gsm8k": {
+        "algorithm.kl_coef": 1e-3,
+        "optimizer.weight_decay": 0.01,
+        "algorithm.clip_low": 0.2,
+        "rollout.group_size": 6,
+    },
     "espo math": {"algorithm.kl_coef": 1e-3, "rollout.group_size": 16, "sampler.num_steps": 256, "updates": 3000},
     "espo countdown": {"algorithm.kl_coef": 3e-3, "algorithm.clip_low": 0.0, "sampler.num_steps": 128},
     "espo sudoku": {"algorithm.kl_coef": 1e-2, "algorithm.clip_high": 0.2, "rollout.group_size": 6},
@@ -68,6 +73,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
 def header(file: Path) -> str:
     """The comment lines before the first key, without their marks."""
     lines = file.read_text(encoding="utf-8").splitlines()
@@ -75,6 +81,7 @@ def header(file: Path) -> str:
     return "\n".join(line.removeprefix("#").removeprefix(" ") for line in lines[:count])
 
 
+@cache
 def labelled(file: Path, label: str) -> str:
     """What a label of the header says, its indented lines joined; "" if it is not there."""
     found = re.findall(rf"^{label} {{2,}}(.+(?:\n {{10,}}.+)*)$", header(file), re.MULTILINE)
@@ -126,13 +133,13 @@ def test_every_recipe_builds_without_network(file, monkeypatch):
     assert recipe.task.name == task.removesuffix("24")
 
 
-@pytest.mark.parametrize("file", FILES, **NAMES)
-def test_few_files_stand_behind_a_recipe(file):
-    count, at = 0, file
-    while (parent := tomllib.loads(at.read_text(encoding="utf-8")).get("extends")) is not None:
-        count, at = count + 1, at.parent / parent
-    assert count <= 4
-    assert file not in FULL_SIZE or at.resolve() == RECIPES / "llada" / "base.toml"
+def test_few_files_stand_behind_a_recipe():
+    for file in FILES:
+        count, at = 0, file
+        while (parent := tomllib.loads(at.read_text(encoding="utf-8")).get("extends")) is not None:
+            count, at = count + 1, at.parent / parent
+        assert count <= 4, file
+        assert file not in FULL_SIZE or at.resolve() == RECIPES / "llada" / "base.toml", file
 
 
 def test_every_parent_is_extended_beside_it():
@@ -160,51 +167,50 @@ def test_every_published_number_stands_in_the_header_of_its_recipe():
         assert re.search(rf"(?<![\d/] ){row['values'].replace('/', ' / ')}(?! /)", text), (row, text)
 
 
-@pytest.mark.parametrize("file", FULL_SIZE, **NAMES)
-def test_a_header_has_no_other_numbers(file):
-    model, task, algorithm = cell(file)
-    tests = ("humaneval", "humaneval+", "mbpp", "mbpp+") if task == "code" else (task,)
-    rows = [row for row in PUBLISHED if row["model"] == model and row["test_set"] in tests]
-    own = {number for row in rows if row["algorithm"] == algorithm for number in numbers(row["values"])}
-    before = {number for row in rows if row["algorithm"] == "base" for number in numbers(row["values"])}
-    target, _, start = labelled(file, "Target").partition("before training")
-    stated = re.sub(r"LLaDA 1\.5|[a-z_.]+=[\d.]+", "", f"{target} {labelled(file, 'Also')}")
-    assert set(numbers(stated)) <= own and set(numbers(start)) <= before
-    assert bool(own) == (target != "No published number.")
+def test_a_header_has_no_other_numbers():
+    for file in FULL_SIZE:
+        model, task, algorithm = cell(file)
+        tests = ("humaneval", "humaneval+", "mbpp", "mbpp+") if task == "code" else (task,)
+        rows = [row for row in PUBLISHED if row["model"] == model and row["test_set"] in tests]
+        own = {number for row in rows if row["algorithm"] == algorithm for number in numbers(row["values"])}
+        before = {number for row in rows if row["algorithm"] == "base" for number in numbers(row["values"])}
+        target, _, start = labelled(file, "Target").partition("before training")
+        stated = re.sub(r"LLaDA 1\.5|[a-z_.]+=[\d.]+", "", f"{target} {labelled(file, 'Also')}")
+        assert set(numbers(stated)) <= own and set(numbers(start)) <= before, file
+        assert bool(own) == (target != "No published number."), file
 
 
-@pytest.mark.parametrize("file", FULL_SIZE, **NAMES)
-def test_a_header_states_method_target_metric_shots_and_launch_line(file):
-    model, task, algorithm = cell(file)
-    first, name = header(file).split("\n")[0], str(file.relative_to(RECIPES))
-    assert f"on {CHECKPOINTS[model].split('/')[1]}, " in first
-    assert getattr(ALGORITHMS[algorithm], "source", "").split(" (")[0] in first
-    assert re.match(
-        r"No published number\.$|[\w+./, ]+\d %( at [\d /]+ canvas tokens)? \(.+\)", labelled(file, "Target")
-    )
-    metric = "cell_accuracy " if task == "sudoku" else "accuracy"
-    assert labelled(file, "Metric").startswith(metric)
-    assert re.match(r"\d", labelled(file, "Shots")) and labelled(file, "Measured")
-    launch = labelled(file, "Launch").split()
-    assert launch[:3] == ["accelerate", "launch", "--config_file"] and (ROOT / launch[3]).is_file()
-    assert launch[4:9] == ["-m", "unmask", "train", f"recipes/{name}", "--output"]
-    assert launch[9] == labelled(file, "Evaluate").split()[2]
+def test_a_header_states_method_target_metric_shots_and_launch_line():
+    for file in FULL_SIZE:
+        model, task, algorithm = cell(file)
+        first, name = header(file).split("\n")[0], str(file.relative_to(RECIPES))
+        assert f"on {CHECKPOINTS[model].split('/')[1]}, " in first, file
+        assert getattr(ALGORITHMS[algorithm], "source", "").split(" (")[0] in first, file
+        form = r"No published number\.$|[\w+./, ]+\d %( at [\d /]+ canvas tokens)? \(.+\)"
+        assert re.match(form, labelled(file, "Target")), file
+        metric = "cell_accuracy " if task == "sudoku" else "accuracy"
+        assert labelled(file, "Metric").startswith(metric), file
+        assert re.match(r"\d", labelled(file, "Shots")) and labelled(file, "Measured"), file
+        launch = labelled(file, "Launch").split()
+        assert launch[:3] == ["accelerate", "launch", "--config_file"] and (ROOT / launch[3]).is_file(), file
+        assert launch[4:9] == ["-m", "unmask", "train", f"recipes/{name}", "--output"], file
+        assert launch[9] == labelled(file, "Evaluate").split()[2], file
 
 
-@pytest.mark.parametrize("file", FULL_SIZE, **NAMES)
-def test_the_settings_in_a_header_are_the_recipes_and_its_switches_exist(file):
-    text, (recipe, tree) = header(file), built(file)
-    stated = re.findall(r"\b([a-z]+(?:\.[a-z_]+)+) = ([\w.\"-]*\w\"?)", text)
-    assert len(stated) >= 5
-    for key, value in stated:
-        assert look_up(tree, key) == tomllib.loads(f"x = {value}")["x"], key
-    for found in re.findall(r"\(([\d,]+) updates", text):
-        assert int(found.replace(",", "")) == updates(recipe)
-    for line in text.splitlines():  # switches of a line go together
-        switches = re.findall(r"\b[a-z]+(?:\.[a-z_]+)+=[\w.-]*\w", line)
-        changed = build(file, *switches).tree() if switches else {}
-        for key, value in (switch.split("=") for switch in switches):
-            assert str(look_up(changed, key)).rpartition("/")[2] == value
+def test_the_settings_in_a_header_are_the_recipes_and_its_switches_exist():
+    for file in FULL_SIZE:
+        text, (recipe, tree) = header(file), built(file)
+        stated = re.findall(r"\b([a-z]+(?:\.[a-z_]+)+) = ([\w.\"-]*\w\"?)", text)
+        assert len(stated) >= 5, file
+        for key, value in stated:
+            assert look_up(tree, key) == tomllib.loads(f"x = {value}")["x"], (file, key)
+        for found in re.findall(r"\(([\d,]+) updates", text):
+            assert int(found.replace(",", "")) == updates(recipe), file
+        for line in text.splitlines():  # switches of a line go together
+            switches = re.findall(r"\b[a-z]+(?:\.[a-z_]+)+=[\w.-]*\w", line)
+            changed = build(file, *switches).tree() if switches else {}
+            for key, value in (switch.split("=") for switch in switches):
+                assert str(look_up(changed, key)).rpartition("/")[2] == value, file
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -214,44 +220,42 @@ def test_published_settings_are_those_of_the_recipes(name):
     assert files
     for file in files:
         recipe, tree = built(file)
-        for key, value in wanted.items():
-            is_fuller = algorithm == "espo" and cell(file)[1] == "code" and key == "optimizer.weight_decay"
-            found = updates(recipe) if key == "updates" else look_up(tree, key)
-            assert found == (0.1 if is_fuller else value), (file, key)
+        found = {key: updates(recipe) if key == "updates" else look_up(tree, key) for key in wanted}
+        assert found == wanted, file
 
 
-@pytest.mark.parametrize("file", FULL_SIZE, **NAMES)
-def test_full_size_recipes_keep_the_published_decoding(file):
-    recipe, (model, task, algorithm) = built(file)[0], cell(file)
-    evaluation = recipe.evaluation_sampler
-    assert evaluation is not None
-    is_dream, length = model == "dream", 24 if task == "sudoku24" else 256
-    assert evaluation.name == ("dream" if is_dream else "low_confidence")
-    assert (evaluation.value.gen_length, evaluation.value.temperature) == (length, 0.1 if is_dream else 0.0)
-    assert evaluation.value.num_steps in ((24,) if length == 24 else (128, 256))
-    decoders = [evaluation] if recipe.sampler is None else [recipe.sampler, evaluation]
-    for name, sampler in decoders:
-        assert (sampler.alg, sampler.top_p) == ("entropy", 0.95) if is_dream else sampler.block_length == 32
-        assert (name == "roar") == (algorithm.startswith("dmpo") and sampler is not evaluation.value)
-        assert sampler.gen_length == length
-    assert (recipe.model.lora is None) == (task == "code" and algorithm in ("espo", "coupled_grpo"))
-    assert recipe.model.dtype == ("auto" if recipe.model.lora is None else "bfloat16")
+def test_full_size_recipes_keep_the_published_decoding():
+    for file in FULL_SIZE:
+        recipe, (model, task, algorithm) = built(file)[0], cell(file)
+        evaluation = recipe.evaluation_sampler
+        assert evaluation is not None, file
+        is_dream, length = model == "dream", 24 if task == "sudoku24" else 256
+        assert evaluation.name == ("dream" if is_dream else "low_confidence"), file
+        assert (evaluation.value.gen_length, evaluation.value.temperature) == (length, 0.1 if is_dream else 0.0), file
+        assert evaluation.value.num_steps in ((24,) if length == 24 else (128, 256)), file
+        decoders = [evaluation] if recipe.sampler is None else [recipe.sampler, evaluation]
+        for name, sampler in decoders:
+            assert (sampler.alg, sampler.top_p) == ("entropy", 0.95) if is_dream else sampler.block_length == 32, file
+            assert (name == "roar") == (algorithm.startswith("dmpo") and sampler is not evaluation.value), file
+            assert sampler.gen_length == length, file
+        assert (recipe.model.lora is None) == (task == "code" and algorithm in ("espo", "coupled_grpo")), file
+        assert recipe.model.dtype == ("auto" if recipe.model.lora is None else "bfloat16"), file
 
 
-@pytest.mark.parametrize("file", FULL_SIZE, **NAMES)
-def test_the_line_that_evaluates_is_accepted(file):
-    line = labelled(file, "Evaluate").partition(" MBPP:")[0].split()
-    parser = argparse.ArgumentParser()
-    eval_command.add_arguments(parser)
-    args = parser.parse_intermixed_args(line[2:])
-    options = task_options(args.preset, args.task) if args.preset else {}
-    task = evaluation_task(args.task, args.data, args.split, apply_overrides(options, args.options))
-    assert task.name == built(file)[0].task.name
-    for length in LENGTHS if args.preset else eval_command.lengths(args.gen_length):
-        fields = {"gen_length": length, "temperature": args.temperature, **eval_command.pace(args, length)}
-        sampler = decoding(task, args.sampler, **fields)
-        if length == 256:  # the lengths of a run's own evaluations
-            assert sampler == built(file)[0].evaluation_sampler
+def test_the_line_that_evaluates_is_accepted():
+    for file in FULL_SIZE:
+        line = labelled(file, "Evaluate").partition(" MBPP:")[0].split()
+        parser = argparse.ArgumentParser()
+        eval_command.add_arguments(parser)
+        args = parser.parse_intermixed_args(line[2:])
+        options = task_options(args.preset, args.task) if args.preset else {}
+        task = evaluation_task(args.task, args.data, args.split, apply_overrides(options, args.options))
+        assert task.name == built(file)[0].task.name, file
+        for length in LENGTHS if args.preset else eval_command.lengths(args.gen_length):
+            fields = {"gen_length": length, "temperature": args.temperature, **eval_command.pace(args, length)}
+            sampler = decoding(task, args.sampler, **fields)
+            if length == 256:  # the lengths of a run's own evaluations
+                assert sampler == built(file)[0].evaluation_sampler, file
 
 
 def row(file: Path) -> str:
