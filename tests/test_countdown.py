@@ -54,6 +54,18 @@ def test_every_solution_of_the_search_parses_and_solvability_agrees_with_it():
     assert 15 < reached < 55
 
 
+def test_an_opened_answer_is_judged_as_one():
+    task = TASKS["countdown"](opening="<answer>", num_train=1)
+    (row,) = task.examples("train")
+    assert row.prompt[-1] == {"role": "assistant", "content": "<answer>"}
+    numbers = "+".join(map(str, row.columns["numbers"]))
+    assert (
+        task.score(row, f"{numbers}</answer>").value
+        > 0
+        == TASKS["countdown"]().score(EXAMPLE, f"{numbers}</answer>").value
+    )
+
+
 @pytest.mark.parametrize(("completion", "value", "status"), [
     ("<reasoning>\nx\n</reasoning>\n<answer>\n44+19+35\n</answer>", 1.0, Status.CORRECT),
     ("<answer>35+(44+19)</answer>", 1.0, Status.CORRECT),

@@ -316,7 +316,9 @@ def test_special_tokens_are_the_familys(family, case):
 @pytest.mark.parametrize("family", CONFIGS)
 def test_chats_are_rendered_by_the_familys_template(family, case):
     policy = case(family).policy
-    assert policy.render([{"role": "user", "content": "Hi 4?"}]) == RENDERED[family]
+    turns = [{"role": "user", "content": "Hi 4?"}]
+    assert policy.render(turns) == RENDERED[family]
+    assert policy.render([*turns, {"role": "assistant", "content": "<reasoning>"}]) == RENDERED[family] + "<reasoning>"
 
 
 @pytest.mark.parametrize("family", CONFIGS)

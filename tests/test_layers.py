@@ -190,6 +190,8 @@ def global_random_faults(modules: list[Module]) -> list[str]:
                 continue
             name = called_name(node)
             has_generator = any(keyword.arg == "generator" for keyword in node.keywords)
+            if name.startswith("np.random.RandomState") and "RandomState()" not in ast.unparse(node):
+                continue  # a seeded generator of its own
             if name in ("torch.manual_seed", "torch.cuda.manual_seed_all") or name.startswith(GLOBAL_DRAWS):
                 faults.append(f"{module.name}:{node.lineno} calls {name}")
             elif name in TORCH_DRAWS and not has_generator:
@@ -248,6 +250,7 @@ BREACHES = {
         ("rollout.py", "torch.manual_seed(0)"),
         ("rollout.py", "import random\nrandom.shuffle([])"),
         ("rollout.py", "np.random.rand(3)"),
+        ("rollout.py", "np.random.RandomState().rand(3)"),
         ("rollout.py", "torch.rand(3)"),
     ],
 }
@@ -262,6 +265,7 @@ def test_a_breach_is_found(find, name, text):
 
 def test_what_is_allowed_is_not_a_breach():
     text = "from unmask.types import Score\nfrom unmask import __version__\ntorch.rand(3, generator=g)\nmodel.eval()"
+    text += "\nnp.random.RandomState(42).choice(3)"
     forked = "with torch.random.fork_rng(devices=[]):\n    torch.manual_seed(0)"
     modules = [Module("objectives/a.py", ast.parse(text), 4), Module("models/a.py", ast.parse(forked), 2)]
     for find in BREACHES:

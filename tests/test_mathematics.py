@@ -85,6 +85,16 @@ def test_rewards_of_d1_for_gsm8k():
     assert gsm8k(prompt="d1").score(row, "\\boxed{18}").status == Status.UNPARSED  # tags were asked for
 
 
+def test_an_opened_answer_is_judged_as_one(data_dir):
+    files = {"data": str(data_dir / "gsm8k" / "test.jsonl")}
+    task = gsm8k(prompt="d1", reward="d1", opening="<reasoning>", **files)
+    row = task.examples("test")[0]
+    assert row.prompt[-1] == {"role": "assistant", "content": "<reasoning>"}
+    rest = WHOLE.format(18).removeprefix("<reasoning>")
+    assert task.score(row, rest).value == 4.0
+    assert gsm8k(prompt="d1", reward="d1").score(example("18"), rest).value == 2.5 + 3 * 0.125  # without the form
+
+
 def test_prompts_and_examples_in_them(data_dir):
     files = {
         "data": str(data_dir / "gsm8k" / "test.jsonl"),

@@ -190,6 +190,13 @@ def test_messages_go_through_the_template():
     assert tiny_policy().render("12") == "12"
 
 
+def test_a_last_turn_of_the_assistant_begins_the_answer():
+    turns = [{"role": "user", "content": "12"}, {"role": "assistant", "content": "34"}]
+    assert tiny_policy().render(turns) == tiny_policy().render(turns[:1]) + "34"
+    between = tiny_policy().render([*turns, turns[0]])
+    assert between == "<|user|>12<|eot|><|assistant|>34<|eot|><|user|>12<|eot|><|assistant|>"
+
+
 def test_completions_end_with_stop_tokens_and_decode_to_their_text():
     policy = tiny_policy()
     ids = policy.encode_completions(["12", "", "1234"], 4)

@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -409,6 +410,32 @@ def test_training_file_decides_which_grids_were_seen(data_dir: Path):
     assert sum(not e.columns["seen_grid"] for e in examples) == 148
     own = set(to_text(split_grids("train")))
     assert all(e.columns["seen_grid"] == (e.columns["solution"] in own) for e in Sudoku(data=test).examples("test"))
+
+
+def test_the_papers_draw_256_puzzles_of_d1s_file(data_dir: Path):
+    path = str(data_dir / "sudoku" / "d1_4x4_test_sudoku.csv")
+    every, drawn = Sudoku(data=path).examples("test"), Sudoku(data=path, num_drawn=256).examples("test")
+    state = np.random.get_state()
+    np.random.seed(42)  # the published script: the global generator, the file's rows counted from 0
+    rows = np.random.choice(500, 256, replace=False)
+    np.random.set_state(state)
+    assert drawn == [example for row, example in enumerate(every) if row in set(rows.tolist())] and len(drawn) == 256
+    assert Sudoku(data=path, num_drawn=500).examples("test") == every
+    assert Sudoku(num_test=9, num_drawn=4).examples("test") == Sudoku(num_test=9).examples("test")  # generated
+    with pytest.raises(ConfigError, match=r"task.num_drawn = 0: must be at least 1. The papers' is 256"):
+        Sudoku(num_drawn=0)
+
+
+def test_an_opened_answer_is_part_of_the_prompt_and_judged_as_one():
+    task, whole = Sudoku(prompt="d1", opening="<answer>", num_train=9), Sudoku(prompt="d1", num_train=9)
+    opened, plain = task.examples("train")[0], whole.examples("train")[0]
+    assert opened.prompt == [*plain.prompt, {"role": "assistant", "content": "<answer>"}]
+    assert task.score(opened, f"{opened.columns['solution']}</answer>").status == Status.CORRECT
+    assert whole.score(plain, f"{plain.columns['solution']}</answer>").status == Status.UNPARSED
+    assert Sudoku(opening="<answer>", num_train=9).examples("train") == Sudoku(num_train=9).examples("train")  # no chat
+    begun = Sudoku(prompt="d1", opening="<reasoning>", num_train=9)
+    for (example, text), (_, full) in zip(begun.demonstrations(), whole.demonstrations(), strict=True):
+        assert "<reasoning>" + text == full and example.prompt[-1]["content"] == "<reasoning>"
 
 
 def test_every_published_solution_is_judged_right(data_dir: Path):

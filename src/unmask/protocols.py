@@ -11,11 +11,14 @@ from unmask.errors import ConfigError
 LENGTHS = (128, 256, 512)
 PLANNING = ("sudoku", "countdown")
 
+_OPENING = "<reasoning>"
+"""What d1's script begins every answer with, and ESPO's after it."""
+
 _D1_TASKS: Mapping[str, Mapping[str, Any]] = {
-    "sudoku": {"prompt": "d1", "parser": "d1"},
-    "countdown": {"prompt": "d1", "parser": "lenient"},
-    "gsm8k": {"prompt": "d1_boxed", "parser": "lenient"},
-    "math": {"prompt": "d1_boxed", "parser": "lenient"},
+    "sudoku": {"prompt": "d1", "parser": "d1", "opening": _OPENING, "num_drawn": 256},
+    "countdown": {"prompt": "d1", "parser": "lenient", "opening": _OPENING},
+    "gsm8k": {"prompt": "d1_boxed", "parser": "lenient", "opening": _OPENING},
+    "math": {"prompt": "d1_boxed", "parser": "lenient", "opening": _OPENING},
     "code": {"prompt": "chat"},
 }
 
@@ -45,7 +48,7 @@ PROTOCOLS = {
         "half_of_planning",
         {
             **_D1_TASKS,
-            "sudoku": {"prompt": "espo", "parser": "d1"},
+            "sudoku": {**_D1_TASKS["sudoku"], "prompt": "espo"},
             "gsm8k": {"prompt": "espo", "parser": "lenient"},
             "math": {"prompt": "espo", "parser": "lenient"},
         },

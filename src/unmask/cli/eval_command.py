@@ -45,6 +45,7 @@ from unmask.protocols import LENGTHS, PROTOCOLS, task_options
 from unmask.ranks import rank
 from unmask.run_log import View
 from unmask.runs import plain, write_atomic
+from unmask.samplers import SAMPLERS
 from unmask.tables import latex_table, markdown_table
 
 
@@ -169,8 +170,10 @@ def pace(args: argparse.Namespace, length: int | None) -> dict[str, int | None]:
     if not args.preset or length is None:
         return given
     protocol = PROTOCOLS[args.preset]
-    own = {"num_steps": protocol.num_steps(args.task, length), "block_length": min(protocol.block_length, length)}
-    return {key: own[key] if value is None else value for key, value in given.items()}
+    own: dict[str, int | None] = {"num_steps": protocol.num_steps(args.task, length)}
+    if "block_length" in getattr(SAMPLERS.get(args.sampler), "__dataclass_fields__", {}):  # Dream's has no blocks
+        own["block_length"] = min(protocol.block_length, length)
+    return {key: own.get(key) if value is None else value for key, value in given.items()}
 
 
 def facts(row: Mapping[str, Any]) -> list[str]:

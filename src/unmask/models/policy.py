@@ -184,7 +184,10 @@ class MaskedPolicy:
                 layer.training = False
 
     def render(self, prompt: str | list[dict[str, str]]) -> str:
-        """The text the model reads: a string as it is, messages through the chat template."""
+        """The text the model reads: a string as it is, messages through the chat template.
+
+        A last turn of the assistant is the beginning of the answer, which the model goes on with.
+        """
         if isinstance(prompt, str):
             return prompt
         if not self.tokenizer.chat_template:
@@ -192,7 +195,10 @@ class MaskedPolicy:
                 f"{self.name}: the prompt is a list of messages, but the tokenizer has no chat template. "
                 "Use a plain-text prompt (for example task.prompt = 'raw') or a model with a template."
             )
-        return str(self.tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+        opening = prompt[-1]["content"] if len(prompt) > 1 and prompt[-1]["role"] == "assistant" else None
+        turns = prompt if opening is None else prompt[:-1]
+        text = str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+        return text + (opening or "")
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text. Raises: DataError for a text that the model has no tokens for."""

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from unmask.sandbox.pool import LocalSandbox
 from unmask.sandbox.verdicts import Limits, Program, Sandbox, Verdict
 from unmask.tasks.common import require_at_least, require_choices
-from unmask.tasks.prompts import PromptStyle
+from unmask.tasks.prompts import PromptStyle, with_opening
 from unmask.tasks.questions import QuestionTask
 from unmask.types import Example, Score, Status
 
@@ -77,6 +77,8 @@ class Code(QuestionTask):
         completion_ids: Sequence[Sequence[int]] | None = None,
     ) -> list[Score]:
         """All programs of a batch, as many at a time as there are workers. Facts: accuracy, share of tests, format."""
+        pairs = zip(examples, completions, strict=True)
+        completions = [with_opening(example.prompt, completion) for example, completion in pairs]
         sources = [
             self.program_text(example, completion) for example, completion in zip(examples, completions, strict=True)
         ]

@@ -16,7 +16,7 @@ from unmask.rows import read_rows
 from unmask.tasks.answers import boxed, last_answer
 from unmask.tasks.arithmetic import MAX_CHARACTERS, is_solvable, parse_expression
 from unmask.tasks.common import first_id, held_out, require_choices, require_counts
-from unmask.tasks.prompts import XML_INSTRUCTION, PromptStyle
+from unmask.tasks.prompts import XML_INSTRUCTION, PromptStyle, opened, with_opening
 from unmask.types import Example, Score, Status
 
 # d1 (arXiv:2504.12216), and ESPO (arXiv:2512.03759) after it
@@ -69,6 +69,10 @@ class Countdown:
     only_num_numbers: bool = False
     """Leave out rows of `train_data` with another count of numbers than `num_numbers` (d1 trains on 3)."""
 
+    opening: str = ""
+    """What the answer begins with in a chat prompt: the model goes on from it, and is judged with it. "<reasoning>" in
+    the evaluations of d1 and ESPO."""
+
     def __post_init__(self) -> None:
         if self.prompt not in PROMPTS and not ("{numbers}" in self.prompt and "{target}" in self.prompt):
             raise ConfigError(
@@ -97,7 +101,7 @@ class Countdown:
 
     def score(self, example: Example, completion: str) -> Score:
         """Judge one completion. Facts: `accuracy`, and `numbers_accuracy` (the right numbers, each once)."""
-        answer = self._answer(completion)
+        answer = self._answer(with_opening(example.prompt, completion))
         if answer is None:
             return Score(0.0, Status.UNPARSED, {"accuracy": 0.0, "numbers_accuracy": 0.0})
         found = parse_expression(answer)
@@ -121,7 +125,7 @@ class Countdown:
         style = PROMPTS.get(self.prompt) or PromptStyle(self.prompt, is_chat=False)
         shown = ",".join(map(str, numbers)) if self.prompt == "raw" else str(numbers)
         prompt = style.render({"numbers": shown, "target": str(target)})
-        return Example(id_, prompt, {"numbers": numbers, "target": target})
+        return Example(id_, opened(prompt, self.opening), {"numbers": numbers, "target": target})
 
     def _answer(self, completion: str) -> str | None:
         if self.prompt != "d1" and "<answer>" not in self.prompt:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from unmask.tasks.answers import after_hash, boxed, last_answer, last_number, parse_number
 from unmask.tasks.common import require_choices
-from unmask.tasks.prompts import BOXED_INSTRUCTION, D1_BOXED_SYSTEM, XML_INSTRUCTION, PromptStyle
+from unmask.tasks.prompts import BOXED_INSTRUCTION, D1_BOXED_SYSTEM, XML_INSTRUCTION, PromptStyle, with_opening
 from unmask.tasks.questions import QuestionTask
 from unmask.tasks.tags import SOFT, STRICT, soft_format, strict_format, tag_count
 from unmask.types import Example, Score, Status
@@ -51,6 +51,7 @@ class GSM8K(QuestionTask):
 
     def score(self, example: Example, completion: str) -> Score:
         """Judge one completion. Facts: `accuracy`, and `format_accuracy` for the loose form of reasoning and answer."""
+        completion = with_opening(example.prompt, completion)
         found, wanted = self._number(completion), parse_number(example.columns["answer"])
         is_right = found is not None and found == wanted
         facts = {"accuracy": float(is_right), "format_accuracy": float(soft_format(completion))}

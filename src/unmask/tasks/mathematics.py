@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from unmask.sandbox.math_check import MathVerifier, is_bounded
 from unmask.tasks.answers import boxed, last_answer, last_number, parse_number
 from unmask.tasks.common import require_at_least, require_choices
-from unmask.tasks.prompts import BOXED_INSTRUCTION, D1_BOXED_SYSTEM, XML_INSTRUCTION, PromptStyle
+from unmask.tasks.prompts import BOXED_INSTRUCTION, D1_BOXED_SYSTEM, XML_INSTRUCTION, PromptStyle, with_opening
 from unmask.tasks.questions import QuestionTask
 from unmask.types import Example, Score, Status
 
@@ -65,6 +65,7 @@ class Mathematics(QuestionTask):
 
     def score(self, example: Example, completion: str) -> Score:
         """Judge one completion. Facts: `accuracy`, and `format_accuracy` for exactly one box."""
+        completion = with_opening(example.prompt, completion)
         boxes = boxed(completion)
         answer = self._answer(completion, boxes)
         status = Status.UNPARSED if answer is None else self._compare(example.columns["answer"], answer)

@@ -33,6 +33,20 @@ BOXED_INSTRUCTION = "Please reason step by step, and put your final answer withi
 """ESPO (arXiv:2512.03759), behind every mathematical question."""
 
 
+def opened(prompt: str | Messages, opening: str) -> str | Messages:
+    """A chat prompt whose answer begins with a given text: a last turn of the assistant. Plain text stays as it is."""
+    if not opening or isinstance(prompt, str):
+        return prompt
+    return [*prompt, {"role": "assistant", "content": opening}]
+
+
+def with_opening(prompt: str | Messages, completion: str) -> str:
+    """The whole answer: what the prompt begins it with, and the completion."""
+    if isinstance(prompt, str) or not prompt or prompt[-1]["role"] != "assistant":
+        return completion
+    return prompt[-1]["content"] + completion
+
+
 @dataclass(frozen=True)
 class PromptStyle:
     """How a question is put to the model: a template with {names}, as chat messages or as plain text."""

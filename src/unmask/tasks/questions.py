@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from unmask.errors import ConfigError, DataError
 from unmask.rows import cached_rows
 from unmask.tasks.common import LeavesLengthToSampler, first_id, held_out, require_at_least
-from unmask.tasks.prompts import Messages, PromptStyle
+from unmask.tasks.prompts import Messages, PromptStyle, opened
 from unmask.types import Example
 
 
@@ -32,6 +32,9 @@ class QuestionTask(LeavesLengthToSampler):
     """Test rows: a file, a hub id `owner/name` or `owner/name:configuration`. None: the published set on the hub."""
     train_data: str | None = None
     """Training rows, likewise."""
+    opening: str = ""
+    """What the answer begins with in a chat prompt: the model goes on from it, and is judged with it. "<reasoning>" in
+    the evaluations of d1 and ESPO."""
 
     name: ClassVar[str]
     prompts: ClassVar[Mapping[str, PromptStyle]]
@@ -54,7 +57,7 @@ class QuestionTask(LeavesLengthToSampler):
         """The questions of "train", "validation" or "test", with the columns of `read_row`."""
         offset, style, shots = first_id(split, self.name), self._style, self._shots()
         return [
-            Example(offset + row, style.render({"question": columns["question"]}, shots), columns)
+            Example(offset + row, opened(style.render({"question": columns["question"]}, shots), self.opening), columns)
             for row, columns in self._rows(split)
         ]
 

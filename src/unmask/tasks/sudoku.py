@@ -17,7 +17,8 @@ from unmask.errors import ConfigError
 from unmask.noise import Noise
 from unmask.tasks.answers import last_answer
 from unmask.tasks.common import first_id, require_choice, require_choices, require_counts
-from unmask.tasks.sudoku_files import read_puzzles, scored_puzzles
+from unmask.tasks.prompts import opened, with_opening
+from unmask.tasks.sudoku_files import drawn_puzzles, read_puzzles, scored_puzzles
 from unmask.tasks.sudoku_grids import (
     MAX_BLANKS,
     column_blind_solutions,
@@ -174,6 +175,11 @@ class Sudoku:
     """Demonstrations. "column_blind": a random answer with right rows and boxes. "exact": the stored solution."""
     num_demonstrations: int = 8_000
     """Demonstrations at most: one for each of the first examples of the split."""
+    num_drawn: int | None = None
+    """Puzzles of `data` at most: those that the scripts of d1 and ESPO draw, which is 256. None: all of them."""
+    opening: str = ""
+    """What the answer begins with in a chat prompt: the model goes on from it, and is judged with it. "<reasoning>" in
+    the evaluations of d1 and ESPO."""
 
     def __post_init__(self) -> None:
         if "{puzzle}" not in self.prompt:
@@ -185,6 +191,8 @@ class Sudoku:
                 f"givens has a unique solution. The recipes use 8."
             )
         require_counts(self, "num_train", "num_validation", "num_test", "num_demonstrations")
+        if self.num_drawn is not None and self.num_drawn < 1:
+            raise ConfigError(f"task.num_drawn = {self.num_drawn}: must be at least 1. The papers' is 256.")
         if isinstance(self.exclude, str):
             raise ConfigError(f"task.exclude = '{self.exclude}': a list of files is required. Put it in brackets.")
 
@@ -208,7 +216,7 @@ class Sudoku:
         return [
             Example(
                 id=offset + row,
-                prompt=render_prompt(self._style, puzzle),
+                prompt=opened(render_prompt(self._style, puzzle), self.opening),
                 columns={"puzzle": puzzle, "solution": solution, "seen_grid": solution in seen},
             )
             for row, puzzle, solution in self._puzzles(split)
@@ -218,7 +226,7 @@ class Sudoku:
         """Judge one completion. Facts: `accuracy` (legal grid, givens kept; any solution counts), `match_accuracy` (all
         blanks equal the stored solution; givens are not looked at), `cell_accuracy` (share of such blanks)."""
         puzzle, solution = example.columns["puzzle"], example.columns["solution"]
-        answer = parse_answer(completion, self._style.form, self.parser)
+        answer = parse_answer(with_opening(example.prompt, completion), self._style.form, self.parser)
         if answer is None:
             return Score(0.0, Status.UNPARSED, dict.fromkeys(_FACTS, 0.0))
         blanks = [i for i in range(16) if puzzle[i] == "0"]
@@ -237,7 +245,8 @@ class Sudoku:
             puzzles = from_text([example.columns["puzzle"] for example in examples])
             noise = Noise(self.seed).stream("sudoku/demonstrations")
             answers = to_text(column_blind_solutions(puzzles, _ids(examples), noise))
-        return [(e, render_answer(self._style, answer)) for e, answer in zip(examples, answers, strict=True)]
+        texts = [render_answer(self._style, answer) for answer in answers]
+        return [(e, text.removeprefix(with_opening(e.prompt, ""))) for e, text in zip(examples, texts, strict=True)]
 
     def stratum(self, example: Example) -> str:
         """Evaluation reports puzzles whose solution grid was trained on apart from the others."""
@@ -258,7 +267,10 @@ class Sudoku:
         exclude = {row.puzzle for path in self.exclude for row in read_puzzles(path)} if split == "train" else set()
         path = {"train": self.train_data, "test": self.data}.get(split)
         if path is not None:
-            rows = [(r.index, r.puzzle, r.solution) for r in scored_puzzles(path) if r.puzzle not in exclude]
+            scored = scored_puzzles(path)
+            if split == "test" and self.num_drawn is not None:
+                scored = drawn_puzzles(scored, self.num_drawn)
+            rows = [(r.index, r.puzzle, r.solution) for r in scored if r.puzzle not in exclude]
             if not rows:
                 raise ConfigError(f"task.exclude leaves no puzzle of {path}: all of them stand in the excluded files.")
             return rows
