@@ -50,7 +50,8 @@ REPORTS = {
 def benchmark(monkeypatch):
     """Imports a benchmark as its own directory sees it; puts back the number of threads that it sets."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    for name in ("common", "full_size", "sampler", "scoring", "cross_entropy", "claims", "preference_variance"):
+    shared = ("common", "full_size", "sampler", "scoring", "cross_entropy", "claims", "preference_variance", "sandbox")
+    for name in shared:
         monkeypatch.delitem(sys.modules, name, raising=False)
     threads = torch.get_num_threads()
     yield importlib.import_module
@@ -301,3 +302,21 @@ def test_preference_noise_falls_with_shared_masks_and_with_more_of_them(benchmar
     same = script.measure(script.PLAIN, policy, policy, rollouts, num_draws=2)
     exact = script.VARIANTS["1 mask, shared"]
     assert script.measure(exact, policy, policy, rollouts, num_draws=2).score_deviation == 0 < same.score_deviation
+
+
+# ---- the sandbox
+
+
+def test_the_sandbox_benchmark_counts_the_cpu_time_of_all_processes(benchmark):
+    module = benchmark("sandbox")
+    try:
+        pool = module.LocalSandbox(packages=())
+    except module.SandboxUnavailable as error:
+        pytest.skip(str(error))
+    source = "import time\ndef f(x):\n    while time.process_time() < 0.3: pass\n    return [x, x * x]\n"
+    program = module.Program(source, module.TESTS, ["f"])
+    for asked in (program, module.executed(program)):
+        verdicts, wall, cpu = module.measure(pool, [asked] * 2)
+        assert [v.status for v in verdicts] == ["correct"] * 2 and wall > 0.5 and 0.6 <= cpu < 2.0
+    pool.close()
+    assert set(module.EXPECTED) == {*module.SOURCES, "right, imports numpy"}

@@ -219,8 +219,12 @@ def compare(own: Sequence[Answer], theirs: Sequence[Answer], num_samples: int) -
 def further_settings(sampler: Sampler) -> dict[str, Any]:
     """{"sampler_options": settings that have no column and are not the default ones}, or nothing."""
     has_column = ("gen_length", "num_steps", "block_length", "temperature")
-    known = [f for f in fields(sampler) if f.name not in has_column] if is_dataclass(sampler) else ()
-    changed = {f.name: getattr(sampler, f.name) for f in known if getattr(sampler, f.name) != f.default}
+    known = fields(sampler) if is_dataclass(sampler) else ()
+    changed = {
+        f.name: getattr(sampler, f.name)
+        for f in known
+        if f.name not in has_column and getattr(sampler, f.name) != f.default
+    }
     return {"sampler_options": changed} if changed else {}
 
 

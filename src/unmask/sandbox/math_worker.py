@@ -15,6 +15,9 @@ MEMORY = 2 << 30
 SECONDS = 5
 """Of math-verify's own limit, within which it ends quietly; the parent kills earlier."""
 
+DECIMALS = 12
+"""To which values are compared; by math-verify's own 6, 1.414214 would be the root of 2."""
+
 
 def verdict(gold: str, answer: str) -> str:
     """math-verify's comparison of two LaTeX expressions."""
@@ -27,7 +30,8 @@ def verdict(gold: str, answer: str) -> str:
             parse(f"\\boxed{{{text}}}", extraction_config=configs, parsing_timeout=SECONDS, raise_on_error=False)
             for text in (gold, answer)
         ]
-        return "correct" if all(sides) and verify(*sides, timeout_seconds=SECONDS, raise_on_error=False) else "wrong"
+        limits = {"float_rounding": DECIMALS, "timeout_seconds": SECONDS, "raise_on_error": False}
+        return "correct" if all(sides) and verify(*sides, **limits) else "wrong"
     except TimeoutException:
         return "timeout"
     except (MemoryError, RecursionError):

@@ -7,6 +7,7 @@ import atexit
 import json
 import os
 import queue
+import re
 import select
 import socket
 import struct
@@ -15,27 +16,36 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, RewardError
+from unmask.sandbox.literal import literal_cases
 from unmask.sandbox.self_test import weaknesses
-from unmask.sandbox.verdicts import Program, Verdict, classify
+from unmask.sandbox.verdicts import Limits, Program, Verdict, classify
 
 SUPERVISOR = Path(__file__).parent / "inside" / "supervisor.py"
-PRELOAD = [
-    "collections", "heapq", "bisect", "itertools", "functools", "operator", "math", "cmath", "random", "re",
-    "string", "datetime", "decimal", "fractions", "statistics", "typing", "dataclasses", "enum", "copy", "json",
-    "hashlib", "abc", "array", "calendar", "textwrap", "time", "uuid", "zlib", "base64", "asyncio", "threading",
-    "queue", "contextlib", "traceback", "difflib", "unittest",
+LIGHT = [
+    "collections", "heapq", "bisect", "itertools", "functools", "operator", "math", "cmath", "re", "string", "decimal",
+    "fractions", "typing", "copy", "json", "abc", "array", "time",
 ]  # fmt: skip
+"""Loaded by every worker."""
+HEAVY = [
+    "random", "datetime", "statistics", "dataclasses", "enum", "hashlib", "calendar", "textwrap", "uuid", "zlib",
+    "base64", "asyncio", "threading", "queue", "contextlib", "traceback", "difflib", "unittest",
+]  # fmt: skip
+"""Loaded, as packages are, by workers for programs that import one of them: memory is what a fork costs."""
 PROGRAMS_PER_WORKER = 1_000
+_IMPORTED = re.compile(r"\b(?:import|from)\b([^\n;#]*)")
+_WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MAX_MESSAGE = 8 << 20
 """Bytes of a judge."""
 START_SECONDS = 30.0
+LATE, MORE_TIME = 0.25, 4
+"""A judge that has computed for this share of the wall time when that ends is given so many times as much, once."""
 
 
 class SandboxUnavailable(ConfigError):
@@ -44,15 +54,32 @@ class SandboxUnavailable(ConfigError):
 
 @dataclass
 class Worker:
-    """One supervisor and the socket to it."""
+    """One supervisor, the socket to it, and that to its judge of literal cases."""
 
     process: subprocess.Popen[bytes]
     link: socket.socket
+    judge: socket.socket
     level: str
+    is_heavy: bool
     served: int = 0
 
-    def ask(self, program: Program, seconds: float) -> dict[str, Any]:
-        """Raises: OSError or EOFError if the worker is lost, or does not answer in time."""
+    def ask(self, program: Program, seconds: float, cases: bytes | None = None) -> dict[str, Any]:
+        """How a program fared, with the tests as they are, or with the literal `cases` to which they come.
+
+        Raises: OSError or EOFError if the worker is lost, or does not answer in time.
+        """
+        self.served += 1
+        limits = {name: getattr(program.limits, name) for name in ("cpu", "wall", "memory", "judge_memory")}
+        request = json.dumps({"source": program.source, "limits": limits}).encode()
+        return self._ask(program, request, seconds) if cases is None else self._ask_cases(cases, request, seconds)
+
+    def _ask_cases(self, cases: bytes, request: bytes, seconds: float) -> dict[str, Any]:
+        for link, content in ((self.judge, cases), (self.link, request)):
+            link.settimeout(seconds)
+            link.sendall(struct.pack("=I", len(content)) + content)
+        return receive(self.link) | {"judge": receive(self.judge)}
+
+    def _ask(self, program: Program, request: bytes, seconds: float) -> dict[str, Any]:
         tests = json.dumps(
             {
                 "tests": list(program.tests),
@@ -61,8 +88,6 @@ class Worker:
                 "helpers": program.helpers,
             }
         )
-        limits = {name: getattr(program.limits, name) for name in ("cpu", "wall", "memory", "judge_memory")}
-        request = json.dumps({"source": program.source, "limits": limits}).encode()
         file, (reader, writer) = os.memfd_create("tests"), os.pipe()
         try:
             write_all(file, tests.encode())
@@ -72,7 +97,6 @@ class Worker:
             os.close(writer)
             writer = -1
             self.link.sendall(request)
-            self.served += 1
             said = read_all(reader, seconds)
             return receive(self.link) | {"judge": verdict_of(said)}
         finally:
@@ -82,6 +106,7 @@ class Worker:
 
     def stop(self) -> None:
         self.link.close()
+        self.judge.close()
         self.process.kill()
         self.process.wait()
 
@@ -99,13 +124,13 @@ class LocalSandbox:
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise ConfigError(f"{self.num_workers} sandbox workers: at least 1 is needed.")
-        self._free: queue.Queue[Worker] = queue.Queue()
+        self._free: dict[bool, queue.Queue[Worker]] = {False: queue.Queue(), True: queue.Queue()}
         self._lock = threading.Lock()
         self._all: list[Worker] = []
-        first = self._start()
+        first = self._start(is_heavy=False)
         self.level = first.level
         try:
-            made = weaknesses(lambda program: classify(first.ask(program, START_SECONDS), program))
+            made = weaknesses(lambda p: classify(first.ask(p, START_SECONDS, literal_cases(p)), p))
         except (OSError, EOFError):
             made = ["end the process that confines it"]
         if made:
@@ -114,7 +139,7 @@ class LocalSandbox:
                 f"at the level {self.level} a program can {', '.join(made)}. Programs are not run here; use a remote "
                 "sandbox."
             )
-        self._free.put(first)
+        self._free[False].put(first)
         atexit.register(self.close)
 
     def run(self, programs: Sequence[Program]) -> list[Verdict]:
@@ -128,33 +153,42 @@ class LocalSandbox:
             for worker in self._all:
                 worker.stop()
             self._all.clear()
-            self._free = queue.Queue()
+            self._free = {False: queue.Queue(), True: queue.Queue()}
 
     def _run_one(self, program: Program) -> Verdict:
-        for _ in range(2):
-            worker = self._take()
+        answer = self._ask(program, literal_cases(program))
+        if judge_was_late(answer, program.limits):
+            more = replace(program.limits, wall=MORE_TIME * program.limits.wall)
+            answer = self._ask(replace(program, limits=more), None)
+        return classify(answer, program)
+
+    def _ask(self, program: Program, literal: bytes | None) -> dict[str, Any]:
+        """From a worker, and another one if that is lost."""
+        for cases in (literal, None):  # whatever befell the judge that stays, the other has not seen
+            texts = [program.source, *([program.setup, program.helpers, *program.tests] if cases is None else [])]
+            worker = self._take(is_heavy=imports_any({*HEAVY, *self.packages}, texts))
             try:
-                answer = worker.ask(program, program.limits.wall + START_SECONDS)
+                answer = worker.ask(program, program.limits.wall + START_SECONDS, cases)
             except (OSError, EOFError, ValueError):
                 self._drop(worker)
                 continue
             if worker.served >= PROGRAMS_PER_WORKER:
                 self._drop(worker)
             else:
-                self._free.put(worker)
-            return classify(answer, program)
+                self._free[worker.is_heavy].put(worker)
+            return answer
         raise RewardError(
             f"a sandbox worker was lost twice on one program (begins {program.source[:40]!r}). Look at free memory."
         )
 
-    def _take(self) -> Worker:
+    def _take(self, *, is_heavy: bool) -> Worker:
         try:
-            return self._free.get_nowait()
+            return self._free[is_heavy].get_nowait()
         except queue.Empty:
-            return self._start()
+            return self._start(is_heavy=is_heavy)
 
-    def _start(self) -> Worker:
-        worker = start_worker(self.packages)
+    def _start(self, *, is_heavy: bool) -> Worker:
+        worker = start_worker(self.packages, is_heavy=is_heavy)
         with self._lock:
             self._all.append(worker)
         return worker
@@ -166,18 +200,32 @@ class LocalSandbox:
         worker.stop()
 
 
-def start_worker(packages: Sequence[str]) -> Worker:
+def judge_was_late(answer: dict[str, Any], limits: Limits) -> bool:
+    """Whether the clock ran out while the tests computed rather than the program, which is then not to blame."""
+    busy = answer.get("tester", {}).get("cpu", 0.0)
+    return answer["ended"] == "wall" and busy >= max(LATE * limits.wall, answer["candidate"]["cpu"])
+
+
+def imports_any(modules: Set[str], texts: Sequence[str]) -> bool:
+    """Whether an import statement of the texts has the name of a module. A mistake costs time, and nothing else."""
+    return any(modules & set(_WORD.findall(rest)) for text in texts for rest in _IMPORTED.findall(text))
+
+
+def start_worker(packages: Sequence[str], *, is_heavy: bool) -> Worker:
     """A supervisor that is confined and has said so. Raises: SandboxUnavailable with what the kernel said."""
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"programs are confined on Linux alone, this is {sys.platform}. Use a remote sandbox.")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     folders = package_folders(packages)
     settings = {
         "readable": readable_paths(folders),
         "packages": folders,
-        "preload": [*PRELOAD, *packages],
+        "preload": [*LIGHT, *([*HEAVY, *packages] if is_heavy else [])],
+        "memory": Limits.judge_memory,
     }
-    command = [base_python(), "-s", "-S", "-B", "-P", str(SUPERVISOR), str(theirs.fileno()), json.dumps(settings)]
+    sockets = [theirs.fileno(), far.fileno()]
+    command = [base_python(), "-s", "-S", "-B", "-P", str(SUPERVISOR), *map(str, sockets), json.dumps(settings)]
     environment = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
     process = subprocess.Popen(
         command,
@@ -185,11 +233,12 @@ def start_worker(packages: Sequence[str]) -> Worker:
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
-        pass_fds=[theirs.fileno()],
+        pass_fds=sockets,
         start_new_session=True,
         cwd="/",
     )
     theirs.close()
+    far.close()
     ours.settimeout(START_SECONDS)
     try:
         ready = receive(ours)
@@ -197,6 +246,7 @@ def start_worker(packages: Sequence[str]) -> Worker:
         process.kill()
         _, said = process.communicate()
         ours.close()
+        near.close()
         last = said.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
         raise SandboxUnavailable(
             f"programs cannot be confined here ({last[0][:200]}). Landlock needs Linux 5.13 or later with landlock in "
@@ -204,7 +254,7 @@ def start_worker(packages: Sequence[str]) -> Worker:
         ) from error
     assert process.stderr is not None
     process.stderr.close()
-    return Worker(process, ours, ready["ready"])
+    return Worker(process, ours, near, ready["ready"], is_heavy)
 
 
 def base_python() -> str:

@@ -9,7 +9,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from unmask.sandbox.verdicts import Limits, Program, Verdict
@@ -55,6 +55,11 @@ FORGED = Program(
     ["f"],
 )
 _LIMITS = Limits(cpu=2.0, wall=10.0)
+
+
+def executed(program: Program) -> Program:
+    """The same with tests that count as more than literals, so that a judge of its own executes them."""
+    return replace(program, setup="pass")
 
 
 @dataclass(frozen=True)
@@ -114,8 +119,8 @@ def weaknesses(run: Callable[[Program], Verdict]) -> list[str]:
         made = [name for name, program in attacks(found).items() if run(program).status == Status.CORRECT]
         if Path(found.file).read_text() != found.canary:
             made.append("change a file of the user")
-    if run(FORGED).status == Status.CORRECT:
+    if any(run(program).status == Status.CORRECT for program in (FORGED, executed(FORGED))):
         made.append("pass with an object that is equal to everything")
-    if run(HONEST).status != Status.CORRECT:
+    if any(run(program).status != Status.CORRECT for program in (HONEST, executed(HONEST))):
         made.append("fail with an honest program")
     return made

@@ -5,15 +5,16 @@ from __future__ import annotations
 import ast
 import builtins
 import re
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, ClassVar
 
+from unmask.sandbox.literal import tree
 from unmask.sandbox.pool import LocalSandbox
 from unmask.sandbox.verdicts import Limits, Program, Sandbox, Verdict
 from unmask.tasks.common import require_at_least, require_choices
+from unmask.tasks.evalplus import evalplus, mended
 from unmask.tasks.prompts import PromptStyle, with_opening
 from unmask.tasks.questions import QuestionTask
 from unmask.types import Example, Score, Status
@@ -47,7 +48,7 @@ class Code(QuestionTask):
     """Programs that run at a time."""
 
     name: ClassVar[str] = "code"
-    expected: ClassVar[str] = "Give rows of HumanEval, MBPP (plain or EvalPlus's original format), or AceCoder."
+    expected: ClassVar[str] = "Give rows of HumanEval, MBPP (plain, or EvalPlus's in either format), or AceCoder."
     hub: ClassVar[Mapping[str, str]] = {"train": "TIGER-Lab/AceCode-87K", "test": "openai/openai_humaneval"}
     prompts: ClassVar[Mapping[str, PromptStyle]] = {
         "chat": PromptStyle("{question}", system=_SYSTEM),
@@ -61,6 +62,8 @@ class Code(QuestionTask):
 
     def read_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Columns beside question and solution: tests, setup, helpers, names (see `Program`) and task_id."""
+        if "base_input" in row:
+            return evalplus(row)
         if "entry_point" in row:
             return humaneval(row)
         return acecoder(row) if "test_cases" in row else mbpp(row)
@@ -101,7 +104,8 @@ class Code(QuestionTask):
     def program(self, example: Example, source: str) -> Program:
         """The program with the tests of its row."""
         columns = example.columns
-        limits = Limits(self.cpu_seconds, 3 * self.cpu_seconds, self.memory_mib << 20)
+        wall = (6 if columns.get("runs_reference") else 3) * self.cpu_seconds
+        limits = Limits(self.cpu_seconds, wall, self.memory_mib << 20)
         return Program(
             source,
             columns["tests"],
@@ -147,18 +151,11 @@ def humaneval(row: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def mended(test: str, task_id: str) -> str:
-    """HumanEval+ 32 in its original format calls its helper with the wrong arguments, so that every solution fails."""
-    if task_id != "HumanEval/32":
-        return test
-    return test.replace("_poly(*candidate(*inp), inp)", "abs(_poly(*inp, candidate(*inp)))")
-
-
 def mbpp(row: Mapping[str, Any]) -> dict[str, Any]:
     """MBPP and MBPP+ in the original format, whose `test` holds all inputs; names are those that the tests use."""
     code = row["code"].replace("\r\n", "\n")
     if row.get("test"):
-        setup, tests = "", [row["test"]]
+        setup, tests = "", [mended(row["test"], f"Mbpp/{row['task_id']}")]
     else:
         setup, tests = row.get("test_setup_code", ""), list(row["test_list"])
     shown = row["test_list"][0] if row.get("test_list") else ""
@@ -248,13 +245,6 @@ def parses(code: str) -> bool:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return False
     return True
-
-
-def tree(code: str) -> ast.Module:
-    """The syntax tree, without the warnings that odd strings in it would raise."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return ast.parse(code)
 
 
 def imports_of(question: str) -> str:

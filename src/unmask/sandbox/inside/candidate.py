@@ -14,7 +14,7 @@ import types
 from typing import Any
 
 from channel import receive, send
-from wire import Encoder, WireError, decode
+from wire import Encoder, WireError, decode_tree
 
 
 class Candidate:
@@ -65,7 +65,7 @@ class Candidate:
             raise NameError(f"name {request['name']!r} is not defined")
         if "arguments" not in request:
             return found
-        positional, named = decode(json.dumps(request["arguments"]), lambda number, _: self.kept[number])
+        positional, named = decode_tree(request["arguments"], lambda number, _: self.kept[number])
         return found(*positional, **named)
 
     def answer(self, content: dict[str, Any]) -> None:

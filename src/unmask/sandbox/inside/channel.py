@@ -8,11 +8,11 @@ import struct
 from wire import MAX_BYTES, WireError
 
 
-def send(descriptor: int, content: bytes) -> None:
-    """Raises: OSError if the other side is gone, WireError if the message is too long."""
-    if len(content) > MAX_BYTES:
+def send(descriptor: int, *messages: bytes) -> None:
+    """Raises: OSError if the other side is gone, WireError if a message is too long."""
+    if max(map(len, messages), default=0) > MAX_BYTES:
         raise WireError("a message is too long")
-    view = memoryview(struct.pack("=I", len(content)) + content)
+    view = memoryview(b"".join(struct.pack("=I", len(content)) + content for content in messages))
     while view:
         view = view[os.write(descriptor, view) :]
 

@@ -57,6 +57,8 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND  # O_
 _HARMLESS_IOCTLS = (0x5401, 0x5413, 0x5421, 0x541B, 0x5450, 0x5451)  # TCGETS TIOCGWINSZ FIONBIO FIONREAD FIO(N)CLEX
 _HARMLESS_FCNTLS = (0, 1, 2, 3, 1030)  # F_DUPFD F_GETFD F_SETFD F_GETFL F_DUPFD_CLOEXEC
 _SET_FLAGS, _ASYNC = 4, 0x2000
+ANY_PID = 0xFFFFFFF1
+"""Stands in a filter for the number of the process that will install it; no process has it."""
 _SET_NAME, _UNIX, _STREAM, _TYPE = 15, 1, 1, 0xF
 
 
@@ -129,12 +131,12 @@ def base_filter() -> list[Instruction]:
     return [*program, _return(KILL)]
 
 
-def child_filter(pid: int) -> list[Instruction]:
-    """On top: no new process, no signal but to itself, limits as they are, no other filter."""
+def child_filter() -> list[Instruction]:
+    """On top: no new process, no signal but to itself (`ANY_PID`), limits as they are, no other filter."""
     program = _head()
     program += _rule("clone", _when(0, _THREAD, [_THREAD], KILL))
     for name in ("kill", "tgkill"):
-        program += _rule(name, _when(0, 0xFFFFFFFF, [pid], ERRNO | errno.EPERM))
+        program += _rule(name, _when(0, 0xFFFFFFFF, [ANY_PID], ERRNO | errno.EPERM))
     program += _rule("prlimit64", _if_null(2, ERRNO | errno.EPERM))
     program += _rule("setrlimit", [_return(ERRNO | errno.EPERM)])
     program += _rule("prctl", _when(0, 0xFFFFFFFF, [_SET_NAME], ERRNO | errno.EPERM))
@@ -142,17 +144,31 @@ def child_filter(pid: int) -> list[Instruction]:
     return [*program, _return(ALLOW)]
 
 
-def install(program: Sequence[Instruction]) -> None:
-    """Apply a filter to this process and all that come from it. Raises: OSError if the kernel refuses."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
-    buffer = ctypes.create_string_buffer(code, len(code))
+class _Header(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_void_p)]
 
-    class Header(ctypes.Structure):
-        _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_void_p)]
 
-    header = Header(len(program), ctypes.cast(buffer, ctypes.c_void_p))
-    if libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS
-        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
-    if libc.syscall(ctypes.c_long(number("seccomp")), 1, 0, ctypes.byref(header)):  # SECCOMP_SET_MODE_FILTER
-        raise OSError(ctypes.get_errno(), "seccomp(SECCOMP_SET_MODE_FILTER)")
+class Prepared:
+    """A filter in the form that the kernel takes. A child that installs one made before the fork touches few pages."""
+
+    def __init__(self, program: Sequence[Instruction]):
+        code = b"".join(struct.pack("=HBBI", *instruction) for instruction in program)
+        self._code = ctypes.create_string_buffer(code, len(code))
+        self._header = _Header(len(program), ctypes.cast(self._code, ctypes.c_void_p))
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._seccomp = ctypes.c_long(number("seccomp"))
+        self._pids = [8 * place + 4 for place, (*_, operand) in enumerate(program) if operand == ANY_PID]
+
+    def die_with_parent(self) -> None:
+        """Have the kernel end this process with the one that forked it. Raises: OSError."""
+        if self._libc.prctl(1, 9, 0, 0, 0):  # PR_SET_PDEATHSIG, SIGKILL
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_PDEATHSIG)")
+
+    def install(self, pid: int = 0) -> None:
+        """Apply it to this process, whose number is `pid`, and all that come from it. Raises: OSError if refused."""
+        for place in self._pids:
+            struct.pack_into("=I", self._code, place, pid)
+        if self._libc.prctl(38, 1, 0, 0, 0):  # PR_SET_NO_NEW_PRIVS
+            raise OSError(ctypes.get_errno(), "prctl(PR_SET_NO_NEW_PRIVS)")
+        if self._libc.syscall(self._seccomp, 1, 0, ctypes.byref(self._header)):  # SECCOMP_SET_MODE_FILTER
+            raise OSError(ctypes.get_errno(), "seccomp(SECCOMP_SET_MODE_FILTER)")

@@ -9,10 +9,11 @@ from __future__ import annotations
 import builtins
 import json
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from channel import receive, send
-from wire import Encoder, Handle, WireError, decode
+from wire import Encoder, Handle, WireError, decode_tree, parse
 
 
 class Gone(BaseException):
@@ -23,30 +24,43 @@ class Link:
     """Calls into the candidate's process, one at a time."""
 
     def __init__(self, descriptor: int):
-        self.descriptor, self.encoder = descriptor, Encoder()
+        self.descriptor = descriptor
 
     def ask(self, request: dict[str, Any]) -> Any:
         """The value of the answer to a request. Raises: the exception that the answer names, WireError, Gone."""
+        return self.exchange(json.dumps(request).encode())
+
+    def exchange(self, request: bytes) -> Any:
+        """The same for a request that is a message already."""
+        self.write(request)
+        return self.read()
+
+    def write(self, *requests: bytes) -> None:
+        """Messages to the program. Raises: Gone."""
         try:
-            send(self.descriptor, json.dumps(request).encode())
+            send(self.descriptor, *requests)
         except OSError as error:
             raise Gone from error
-        return self.read()
 
     def read(self) -> Any:
         try:
             content = receive(self.descriptor)
         except (EOFError, OSError) as error:
             raise Gone from error
-        answer = json.loads(content)  # what the program raised is raised below, an OSError of its own included
+        answer = parse(content)  # what the program raised is raised below, an OSError of its own included
         if not isinstance(answer, dict):
             raise WireError("an answer is no object")
         if "raised" in answer:
             raise exception(str(answer["raised"]), str(answer.get("text", "")))
-        return decode(json.dumps(answer.get("value")), self.handle)
+        return decode_tree(answer.get("value"), self.handle)
 
     def call(self, request: dict[str, Any], positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return self.ask({**request, "arguments": self.encoder.tree([list(positional), named], 0)})
+        return self.exchange(self.request(request, positional, named))
+
+    @staticmethod
+    def request(request: dict[str, Any], positional: Sequence[Any], named: dict[str, Any]) -> bytes:
+        """The message of a call. Raises: WireError if an argument cannot be sent."""
+        return json.dumps({**request, "arguments": Encoder().tree([list(positional), named], 0)}).encode()
 
     def handle(self, number: int, class_name: str) -> Proxy:
         return Proxy(self, number, class_name)

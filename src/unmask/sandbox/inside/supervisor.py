@@ -1,9 +1,10 @@
 """One worker: confines itself, then forks a candidate and a judge for every program that it is sent.
 
-    python -s -S -B -P supervisor.py SOCKET {"readable": [...], "packages": [...], "preload": [...]}
+    python -s -S -B -P supervisor.py SOCKET JUDGE {"readable": [...], "packages": [...], "preload": [...], "memory": N}
 
 The tests of a task come as a file descriptor that is only passed on, so that nothing this process has read can be found
-by a later program. What is not trusted runs in children of this process alone.
+by a later program. What is not trusted runs in children of this process alone. Tests that compare calls with literals
+need no judge of their own: JUDGE is the socket by which they go to one that stays, which is forked before all programs.
 """
 
 from __future__ import annotations
@@ -13,26 +14,35 @@ import gc
 import json
 import os
 import resource
+import select
 import signal
 import socket
 import struct
 import sys
 import time
+from collections.abc import Callable
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import candidate
+import differential  # noqa: F401  for tests that use it, which need not read it again
 import filters
 import judge
 import landlock
+import lasting
 from channel import send
 
 POLL_SECONDS = 0.02
+JUDGE_SECONDS = 2.0
+"""On the clock, for a judge to come to an end after its program has."""
+LASTING = {"cpu": 3600.0, "wall": 3600.0}
+"""Limits of that judge; a worker does not live so long."""
 
 
 def main() -> None:
     link = socket.socket(fileno=int(sys.argv[1]))
-    settings = json.loads(sys.argv[2])
+    judging = int(sys.argv[2])
+    settings = json.loads(sys.argv[3])
     sys.path.extend(settings["packages"])
     preload(settings["preload"])
     os.chdir("/")
@@ -40,11 +50,12 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # waited for, see watch()
     gc.collect()
     gc.freeze()
-    filters.install(filters.base_filter())
+    filters.Prepared(filters.base_filter()).install()
+    children = Children(settings["memory"], judging)
     send(link.fileno(), json.dumps({"ready": f"landlock(ABI {version})+seccomp"}).encode())
     while True:
-        request, tests, result = receive_task(link)
-        answer = serve(request, tests, result)
+        request, descriptors = receive_task(link)
+        answer = children.serve(request, descriptors)
         send(link.fileno(), json.dumps(answer).encode())
         del request, answer
 
@@ -58,9 +69,9 @@ def preload(names: list[str]) -> None:
             continue
 
 
-def receive_task(link: socket.socket) -> tuple[dict, int, int]:
-    """The request, the descriptor of the tests, and that of a pipe to the trainer for what the judge says: neither is
-    read here, where a later program might find it. Ends the process when the trainer has gone."""
+def receive_task(link: socket.socket) -> tuple[dict, array.array]:
+    """The request, and unless its tests are literal the descriptor of the tests and that of a pipe to the trainer for
+    what the judge says: neither is read here, where a later program might find it. Ends when the trainer has gone."""
     head, ancillary, _, _ = link.recvmsg(4, socket.CMSG_SPACE(8))
     if len(head) < 4:
         os._exit(0)
@@ -74,45 +85,77 @@ def receive_task(link: socket.socket) -> tuple[dict, int, int]:
     descriptors = array.array("i")
     for _level, _type, data in ancillary:
         descriptors.frombytes(data[: len(data) - len(data) % 4])
-    return json.loads(content), descriptors[0], descriptors[1]
+    return json.loads(content), descriptors
 
 
-def serve(request: dict, tests: int, result: int) -> dict:
-    """Run one program against its tests: how both processes ended. The judge tells the trainer itself."""
-    near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
-    ours, theirs = near.detach(), far.detach()
-    limits = request["limits"]
-    program = os.fork()
-    if not program:
-        start(theirs, limits, lambda pipe: candidate.main(pipe, request["source"]))
-    tester = os.fork()
-    if not tester:
+class Children:
+    """Candidates and judges. What each of them needs is made here, before the fork: a child pays for every page."""
+
+    def __init__(self, memory: int, judging: int):
+        self.filter = filters.Prepared(filters.child_filter())
+        self.judge, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        keep = [judging, theirs.fileno()]
+        self.fork(LASTING | {"memory": memory}, keep, lambda: lasting.main(*keep))
+        os.close(judging)
+        theirs.close()
+
+    def serve(self, request: dict, descriptors: array.array) -> dict:
+        """Run one program against its tests: how it ended. The judge tells the trainer itself."""
+        near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        ours, theirs = near.detach(), far.detach()
+        limits = request["limits"]
+        program = self.fork(limits, [theirs], lambda: candidate.main(theirs, request["source"]))
+        os.close(theirs)
         request["source"] = ""
-        keep = [ours, tests, result]
+        if not descriptors:
+            return self.with_lasting_judge(program, ours, limits)
+        keep = [ours, *descriptors]
         own = limits | {"memory": limits["judge_memory"], "cpu": limits["wall"]}
-        start(ours, own, lambda _: judge.main(*keep), keep)
-    for descriptor in (ours, theirs, tests, result):
-        os.close(descriptor)
-    ended = watch(program, tester, limits)
-    for child in (program, tester):
-        os.kill(child, signal.SIGKILL)  # not reaped yet, so the number is still its own
-    return {"ended": ended, "candidate": reap(program), "tester": reap(tester)}
+        tester = self.fork(own, keep, lambda: judge.main(*keep))
+        for descriptor in keep:
+            os.close(descriptor)
 
+        ended = watch(program, lambda seconds: ends(tester, seconds), limits)
+        os.kill(program, signal.SIGKILL)  # not reaped yet, so the number is still its own
+        found = reap(program)
+        ends(tester, JUDGE_SECONDS)  # it reads that the program has gone, and says what was passed until then
+        os.kill(tester, signal.SIGKILL)
+        return {"ended": ended, "candidate": found, "tester": reap(tester)}
 
-def start(descriptor: int, limits: dict, body, keep: list[int] | None = None) -> None:
-    """In a child: close everything else, set limits, give up the right to start processes, and go."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(1, 2)  # both are /dev/null, opened for writing before there was a filter
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
-        close_others([0, 1, 2, *(keep or [descriptor])])
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        set_limits(limits)
-        filters.install(filters.child_filter(os.getpid()))
-        body(descriptor)
-    except BaseException:
-        os._exit(97)
-    os._exit(0)
+    def with_lasting_judge(self, program: int, ours: int, limits: dict) -> dict:
+        """The judge that stays gets the socket to the program, and says with a byte that it is done. Ends this process
+        if it does not: the trainer then takes another worker, and a judge of the program's own."""
+        socket.send_fds(self.judge, [b"."], [ours])
+        os.close(ours)
+
+        def judged(seconds: float) -> bool:
+            return bool(select.select([self.judge], [], [], seconds)[0])
+
+        ended = watch(program, judged, limits)
+        os.kill(program, signal.SIGKILL)
+        found = reap(program)  # the judge then reads the end of what it said
+        if not judged(JUDGE_SECONDS) or not self.judge.recv(1):
+            os._exit(1)
+        return {"ended": ended, "candidate": found}
+
+    def fork(self, limits: dict, keep: list[int], body: Callable[[], None]) -> int:
+        """A child that closes everything else, has its limits, can start no process, and goes."""
+        child = os.fork()
+        if child:
+            return child
+        try:
+            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+            os.dup2(1, 2)  # both are /dev/null, opened for writing before there was a filter
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+            close_others([0, 1, 2, *keep])
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            set_limits(limits)
+            self.filter.die_with_parent()
+            self.filter.install(os.getpid())
+            body()
+        except BaseException:
+            os._exit(97)
+        os._exit(0)
 
 
 def close_others(keep: list[int]) -> None:
@@ -133,14 +176,24 @@ def set_limits(limits: dict) -> None:
         resource.setrlimit(name, (value, value))
 
 
-def watch(program: int, tester: int, limits: dict) -> str:
-    """Until the judge has gone, or time is up: "done", "cpu" or "wall"."""
+def ends(child: int, seconds: float) -> bool:
+    """Whether a child ends within that time; its number is not taken away."""
+    end = time.monotonic() + seconds
+    while not os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        left = end - time.monotonic()
+        if left <= 0:
+            return False
+        signal.sigtimedwait([signal.SIGCHLD], left)  # of any child
+    return True
+
+
+def watch(program: int, judged: Callable[[float], bool], limits: dict) -> str:
+    """Until the judge is done, for which `judged` waits so many seconds, or time is up: "done", "cpu" or "wall"."""
     clock = (~program << 3) | 2  # the CPU clock of another process, see clock_getcpuclockid
     end = time.monotonic() + limits["wall"]
     while True:
-        if os.waitid(os.P_PID, tester, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+        if judged(POLL_SECONDS):
             return "done"
-        signal.sigtimedwait([signal.SIGCHLD], POLL_SECONDS)
         try:
             if time.clock_gettime(clock) >= limits["cpu"]:
                 return "cpu"

@@ -18,7 +18,7 @@ from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-MAX_BYTES = 4 << 20
+MAX_BYTES = 8 << 20
 MAX_DEPTH = 60
 MAX_PARTS = 400_000
 MAX_INT_BITS = 1 << 17
@@ -128,12 +128,21 @@ def decode(text: str, handle: Callable[[int, str], Any]) -> Any:
 
     Raises: WireError for anything that `Encoder` does not write.
     """
+    return decode_tree(parse(text), handle)
+
+
+def parse(text: str | bytes) -> Any:
+    """A message's JSON. Raises: WireError if it is none, or too long."""
     if len(text) > MAX_BYTES:
         raise WireError("a message is too long")
     try:
-        tree = json.loads(text, parse_constant=_refuse)
+        return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise WireError("a message is not JSON") from error
+
+
+def decode_tree(tree: Any, handle: Callable[[int, str], Any]) -> Any:
+    """The value of what `parse` has read. Raises: WireError."""
     return _Decoder(handle).value(tree, 0)
 
 
