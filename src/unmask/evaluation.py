@@ -219,12 +219,10 @@ def compare(own: Sequence[Answer], theirs: Sequence[Answer], num_samples: int) -
 def further_settings(sampler: Sampler) -> dict[str, Any]:
     """{"sampler_options": settings that have no column and are not the default ones}, or nothing."""
     has_column = ("gen_length", "num_steps", "block_length", "temperature")
-    known = fields(sampler) if is_dataclass(sampler) else ()
-    changed = {
-        f.name: getattr(sampler, f.name)
-        for f in known
-        if f.name not in has_column and getattr(sampler, f.name) != f.default
-    }
+    if not is_dataclass(sampler):
+        return {}
+    known = [field for field in fields(sampler) if field.name not in has_column]
+    changed = {field.name: value for field in known if (value := getattr(sampler, field.name)) != field.default}
     return {"sampler_options": changed} if changed else {}
 
 

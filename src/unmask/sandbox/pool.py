@@ -44,7 +44,7 @@ _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 MAX_MESSAGE = 8 << 20
 """Bytes of a judge."""
 START_SECONDS = 30.0
-LATE, MORE_TIME = 0.25, 4
+LATE, MORE_TIME = 0.1, 4
 """A judge that has computed for this share of the wall time when that ends is given so many times as much, once."""
 
 
