@@ -24,7 +24,7 @@ ROWS = (
     ("trainer",),
     ("strategies",),
     ("data_check",),
-    ("evaluation", "report", "doctor", "detectors", "preferences"),
+    ("evaluation", "pareto", "report", "doctor", "detectors", "preferences"),
     ("figures",),
     ("rollout", "runs", "checkpoint", "demonstrations", "critic", "kept"),
     ("objectives", "scoring", "samplers", "sharding", "buffer"),

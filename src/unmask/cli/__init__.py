@@ -29,6 +29,7 @@ COMMANDS = {
     "lm_eval": "lm-evaluation-harness, with --model unmask",
     "merge": "one ordinary model out of an adapter and its base",
     "estimate": "memory, FLOPs and hours of a recipe on a machine that need not be here",
+    "bench": "sampler settings by speed and accuracy, the fastest within a point named",
     "diagnose": "bias, variance and cost of likelihood estimators, against exact enumeration",
     "compare": "several algorithms with equal rollouts: one table over seeds, one figure",
     "data": "a look at a data file; preference pairs out of a run's rollouts",
