@@ -61,8 +61,8 @@ SHAPES = {
 }
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--section", choices=("all", "comparison", "shape"), default="all", help="what to run")
+def add_options(parser: argparse.ArgumentParser, *more: str) -> None:
+    parser.add_argument("--section", choices=("all", "comparison", *more, "shape"), default="all", help="what to run")
     parser.add_argument("--shape-repeats", type=int, default=3, help="timed runs of each row of the second section")
     parser.add_argument(
         "--shape", choices=list(SHAPES), default="llada-8b", help="of the second section; tiny: any device"

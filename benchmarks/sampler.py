@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -216,6 +216,54 @@ def full_size_report(name: str, *, seed: int, repeats: int) -> str:
     return f"{full_size.heading(name, device, ceiling)}\n\n{full_size.table(labels, rows)}"
 
 
+SETTINGS = {
+    "every step whole": {},
+    "prefix cache": {"cache": "prefix"},
+    "dual cache": {"cache": "dual"},
+    "threshold 0.9": {"threshold": 0.9},
+    "threshold 0.9, dual cache": {"threshold": 0.9, "cache": "dual"},
+}
+"""Of `low_confidence`; without a threshold with the geometry's steps. The first is what tokens are compared with."""
+
+
+def settings_report(
+    geometry: Geometry, *, device: torch.device, seed: int, batches: Sequence[int], reference_steps: int, sharpness: int
+) -> str:
+    """Markdown: time against the published sampler, forwards, and tokens equal to those without cache and threshold.
+
+    Random weights are sure of nothing, so the head's are multiplied by `sharpness`; the time of a forward is the same.
+    """
+    policy = random_policy(geometry, seed=seed, device=device)
+    policy.module.lm_head.weight.data *= sharpness
+    rows = []
+    for batch in batches:
+        sized = dataclasses.replace(geometry, batch=batch)
+        prompts = random_prompts(sized, seed=seed, device=device)
+        watch, generator = Stopwatch(device), torch.Generator(device).manual_seed(seed)
+        options = {"temperature": 0.0, "noise_dtype": torch.float32, "num_steps": reference_steps}
+        published_sampler(policy.module, prompts.prompt_ids, sized, watch, generator=generator, **options)
+        published = watch.total * (geometry.steps / watch.laps)
+        steps = "all" if watch.laps == geometry.steps else f"first {watch.laps}, extrapolated"
+        rows.append([str(batch), "published", steps, f"{geometry.steps}", *seconds_cells(published, published), ""])
+        plain: Tensor | None = None
+        for name, fields in SETTINGS.items():
+            sampler = LowConfidence(geometry.tokens, geometry.block, geometry.steps, **fields)
+            clock = Stopwatch(device)
+            samples = clock.time(partial(sampler.sample, policy, prompts, noise=Noise(seed=0)))
+            plain = samples.completion_ids if plain is None else plain
+            same = float((samples.completion_ids == plain).double().mean())
+            forwards = f"{float(samples.nfe.double().mean()):.1f}"
+            rows.append([str(batch), name, "all", forwards, *seconds_cells(clock.total, published), f"{same:.1%}"])
+    head = ["batch", "setting", "steps measured", "forwards", "wall, s", "CPU, s"]
+    return markdown_table([*head, "published / wall", "published / CPU", "same tokens"], rows)
+
+
+def seconds_cells(seconds: Seconds, published: Seconds) -> list[str]:
+    """Time, and how many times that of the published sampler is longer."""
+    ratios = (published.wall / seconds.wall, published.cpu / seconds.cpu)
+    return [f"{seconds.wall:.1f}", f"{seconds.cpu:.1f}", *(f"{ratio:.1f}" for ratio in ratios)]
+
+
 def random_prompts(geometry: Geometry, *, seed: int, device: torch.device) -> PromptBatch:
     ids = random_text(geometry, geometry.batch, geometry.prompt, seed=seed + 1, device=device)
     row = torch.arange(geometry.batch, device=device)
@@ -243,7 +291,9 @@ def report(result: Comparison, geometry: Geometry) -> str:
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = geometry_parser(__doc__.splitlines()[0])
-    full_size.add_options(parser)
+    full_size.add_options(parser, "settings")
+    parser.add_argument("--batches", default="1,4", help="batch sizes of the section of settings")
+    parser.add_argument("--sharpness", type=int, default=16, help="factor of the head's weights in that section")
     parser.add_argument("--temperature", type=float, default=0.9, help="of the second comparison")
     parser.add_argument("--reference-steps", type=int, default=None, help="published sampler at 0: default all")
     parser.add_argument("--sampled-reference-steps", type=int, default=None, help="and above 0: default all")
@@ -253,7 +303,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> None:
     options = parse(arguments)
     geometry, device = geometry_of(options), device_of(options)
-    if options.section != "shape":
+    if options.section in ("all", "comparison"):
         result = compare(
             geometry,
             device=device,
@@ -263,7 +313,17 @@ def main(arguments: list[str] | None = None) -> None:
             sampled_steps=options.sampled_reference_steps or geometry.steps,
         )
         print(f"{machine(device)}\n\n{geometry}\n\n{report(result, geometry)}\n")
-    if options.section != "comparison":
+    if options.section in ("all", "settings"):
+        text = settings_report(
+            geometry,
+            device=device,
+            seed=options.seed,
+            batches=[int(batch) for batch in options.batches.split(",")],
+            reference_steps=options.reference_steps or geometry.steps,
+            sharpness=options.sharpness,
+        )
+        print(f"{machine(device)}\n\n{geometry}\n\n{text}\n")
+    if options.section in ("all", "shape"):
         print(full_size_report(options.shape, seed=options.seed, repeats=options.shape_repeats))
 
 

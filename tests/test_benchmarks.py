@@ -174,6 +174,18 @@ def test_the_cross_entropy_table_has_a_row_for_each_way_and_head(benchmark, caps
             assert f"| {head} | {name} |" in text
 
 
+def test_settings_of_the_sampler_are_held_against_the_published_one(benchmark, capsys):
+    script = benchmark("sampler")
+    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SIZES.items()]
+    script.main(["--section=settings", "--reference-steps=2", "--batches=1,3", *sizes])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("| ")][2:]
+    assert len(rows) == 2 * (1 + len(script.SETTINGS))
+    assert rows[0][1:4] == ["published", "first 2, extrapolated", "4"] and rows[0][6:8] == ["1.0", "1.0"]
+    by_name = {row[1]: row for row in rows[6:]}
+    assert by_name["every step whole"][-1] == "100.0% |" and by_name["dual cache"][3] == "4.0"
+    assert float(by_name["threshold 0.9"][3]) <= 8
+
+
 def test_another_sampler_is_not_mistaken_for_the_published_one(benchmark):
     sampler, geometry = benchmark("sampler"), benchmark("common").Geometry(**SIZES)
     steps = {"greedy_steps": 4, "sampled_steps": 1}
