@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import pytest
@@ -68,6 +69,78 @@ def test_a_rollout_does_not_depend_on_its_batch(name, fields):
             got = rows_by_key(sampled(name, order, batch_size, **fields), order)
             assert got == {place: expected[place] for place in order}
     assert rows_by_key(sampled(name, seed=1, **fields), range(9)) != expected
+
+
+def collected(task, sampler, batch_size=3):
+    index = torch.arange(9)
+    return roll_out(POLICY, task, sampler, EXAMPLES, index, index, noise=Noise(0), batch_size=batch_size)
+
+
+class Watched:
+    """A sampler that looks at the task before every part but the first."""
+
+    def __init__(self, check):
+        self.inner, self.check, self.num_parts = SAMPLERS["roar"](gen_length=4), check, 0
+        self.gen_length = 4
+
+    def sample(self, *args, **kwargs):
+        self.num_parts += 1
+        if self.num_parts > 1:
+            self.check()
+        return self.inner.sample(*args, **kwargs)
+
+
+def test_a_part_is_judged_while_the_next_one_is_sampled():
+    has_judged = threading.Event()
+
+    class Telling(DigitSum):
+        def score(self, example, completion):
+            has_judged.set()
+            return super().score(example, completion)
+
+    def wait():
+        assert has_judged.wait(20)  # would not come if judging waited for all parts
+
+    rollouts = collected(Telling(), Watched(wait))
+    plain = collected(Telling(), SAMPLERS["roar"](gen_length=4), batch_size=9)
+    assert rollouts.completions == plain.completions and torch.equal(rollouts.rewards, plain.rewards)
+    assert torch.equal(rollouts.length, plain.length) and rollouts.statuses == plain.statuses
+
+
+def test_a_reward_that_wants_the_whole_batch_gets_it():
+    calls = []
+
+    class Whole(DigitSum):
+        def score_all(self, examples, completions, *, completion_ids=None):
+            calls.append(len(completions))
+            return [self.score(e, c) for e, c in zip(examples, completions, strict=True)]
+
+    collected(Whole(), SAMPLERS["roar"](gen_length=4))
+    assert calls == [9]
+    Whole.judges_rows = True
+    collected(Whole(), SAMPLERS["roar"](gen_length=4))
+    assert calls[1:] == [3, 3, 3]
+
+
+def test_what_judging_raises_in_its_thread_is_raised():
+    class Broken(DigitSum):
+        def score(self, example, completion):
+            raise RewardError("the reward is broken")
+
+    with pytest.raises(RewardError, match="the reward is broken"):
+        collected(Broken(), SAMPLERS["roar"](gen_length=4))
+
+
+def test_prompts_of_like_length_are_sampled_together_and_without_pads():
+    widths = []
+
+    class Wide(Watched):
+        def sample(self, policy, prompts, **rest):
+            widths.append((prompts.prompt_ids.shape[1], int(prompts.prompt_mask.sum(1).min())))
+            return super().sample(policy, prompts, **rest)
+
+    collected(DigitSum(), Wide(lambda: None))
+    assert widths == [(1, 1), (3, 2), (4, 3)]  # the longest and the shortest of each part
 
 
 def test_log_probabilities_agree_to_rounding_whatever_the_batch():

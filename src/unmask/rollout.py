@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -28,6 +30,9 @@ from unmask.types import (
     Task,
     take_rows,
 )
+
+Verdicts = tuple[list[str], list[int], list[Score]]
+"""Completions as text, their lengths in tokens, and their scores."""
 
 
 class TextPolicy(Policy, Protocol):
@@ -158,10 +163,13 @@ def roll_out(
     """
     texts, batch = encode(policy, examples, rollout_index, sampler.gen_length)
     jobs: list[tuple[PromptBatch, Start | None]] = [(batch, None)]
-    parts = draw_samples(
-        policy, sampler, jobs, batch.prompt_ids[:1], noise=noise, batch_size=batch_size, on_rows=on_rows
-    )
-    return judged(policy, task, examples, texts, batch, join_samples(parts), groups)
+    options: dict[str, Any] = {"noise": noise, "batch_size": batch_size, "on_rows": on_rows}
+    if len(batch) <= batch_size or not judges_rows(task):
+        parts = draw_samples(policy, sampler, jobs, batch.prompt_ids[:1], **options)
+        return judged(policy, task, examples, texts, batch, join_samples(parts), groups)
+    with Judging(policy, task, examples) as judging:
+        parts = draw_samples(policy, sampler, jobs, batch.prompt_ids[:1], on_part=judging.add, **options)
+        return judged(policy, task, examples, texts, batch, join_samples(parts), groups, judging.verdicts)
 
 
 def encode(
@@ -184,10 +192,12 @@ def draw_samples(
     noise: NoiseLike,
     batch_size: int,
     on_rows: Callable[[int], None] | None = None,
+    on_part: Callable[[Tensor, Tensor], None] | None = None,
 ) -> list[Samples]:
     """Completions of the rows of all jobs, one job after the other, each in the order of its rows.
 
-    Rows are sampled in parts, those of like prompt lengths together and without the pads that a part does not need.
+    Rows are sampled in parts, those of like prompt lengths together and without the pads that a part does not need;
+    `on_part` is given the rows of a job and their completion_ids as soon as they are there.
     With several processes each may have other jobs, or none, and keeps step with the others on `canvas`.
     """
     samples = []
@@ -198,6 +208,8 @@ def draw_samples(
                 # samplers that cannot go on from a state have no such argument
                 begin = {} if start is None else {"start": Start(take_rows(start.samples, rows), start.step)}
                 parts.append(sampler.sample(stepping, trimmed(take_rows(batch, rows)), noise=noise, **begin))
+                if on_part:
+                    on_part(rows, parts[-1].completion_ids)
                 if on_rows:
                     on_rows(len(rows))
             if parts:
@@ -230,12 +242,47 @@ def verdicts(
     task: Task,
     examples: Sequence[Example],
     completion_ids: Tensor,  # (B, L) int64
-) -> tuple[list[str], list[int], list[Score]]:
+) -> Verdicts:
     """Completions as text, their lengths in tokens up to and including the stop token, and the task's scores."""
     completions = policy.decode(completion_ids)
     lengths = policy.completion_lengths(completion_ids).tolist()
     ids = [row[:length] for row, length in zip(completion_ids.tolist(), lengths, strict=True)]
     return completions, lengths, judge(task, examples, completions, ids)
+
+
+def judges_rows(task: Task) -> bool:
+    """Whether a completion's score is its own affair, so that a batch may be judged in parts."""
+    return not isinstance(task, BatchTask) or bool(getattr(task, "judges_rows", False))
+
+
+class Judging(AbstractContextManager["Judging"]):
+    """Judges finished rows in a thread, while the next ones are sampled."""
+
+    def __init__(self, policy: TextPolicy, task: Task, examples: Sequence[Example]):
+        self.policy, self.task, self.examples = policy, task, examples
+        self.pool = ThreadPoolExecutor(1)
+        self.parts: list[tuple[list[int], Future[Verdicts]]] = []
+
+    def add(
+        self,
+        rows: Tensor,  # (b,) int64
+        completion_ids: Tensor,  # (b, L) int64
+    ) -> None:
+        """Begin with these rows."""
+        places = rows.tolist()
+        examples = [self.examples[place] for place in places]
+        self.parts.append((places, self.pool.submit(verdicts, self.policy, self.task, examples, completion_ids)))
+
+    def verdicts(self) -> Verdicts:
+        """Those of all rows, in their order. Raises: what judging raised."""
+        found: dict[int, tuple[str, int, Score]] = {}
+        for places, future in self.parts:
+            found |= dict(zip(places, zip(*future.result(), strict=True), strict=True))
+        completions, lengths, scores = zip(*(found[place] for place in sorted(found)), strict=True)
+        return list(completions), list(lengths), list(scores)
+
+    def __exit__(self, *error: object) -> None:
+        self.pool.shutdown(cancel_futures=True)
 
 
 def judged(
@@ -246,10 +293,11 @@ def judged(
     batch: PromptBatch,
     samples: Samples,
     groups: Tensor,  # (B,) int64
+    known: Callable[[], Verdicts] | None = None,
 ) -> Rollouts:
-    """Finished completions with the task's scores."""
+    """Finished completions with the task's scores, which `known` gives if they are being made already."""
     with failing_together():
-        completions, lengths, scores = verdicts(policy, task, examples, samples.completion_ids)
+        completions, lengths, scores = known() if known else verdicts(policy, task, examples, samples.completion_ids)
     return Rollouts(
         prompt_ids=batch.prompt_ids,
         prompt_mask=batch.prompt_mask,

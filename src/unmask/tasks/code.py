@@ -48,6 +48,7 @@ class Code(QuestionTask):
     """Programs that run at a time."""
 
     name: ClassVar[str] = "code"
+    judges_rows: ClassVar[bool] = True  # a program's verdict is its own: a batch may be judged in parts
     expected: ClassVar[str] = "Give rows of HumanEval, MBPP (plain, or EvalPlus's in either format), or AceCoder."
     hub: ClassVar[Mapping[str, str]] = {"train": "TIGER-Lab/AceCode-87K", "test": "openai/openai_humaneval"}
     prompts: ClassVar[Mapping[str, PromptStyle]] = {
