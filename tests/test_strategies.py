@@ -477,6 +477,32 @@ def test_order_needs_a_sampler_that_keeps_its_tokens(tables, tmp_path, monkeypat
         train_recipe(tables | {"sampler": {"type": "low_confidence"}}, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("sampler", "message"),
+    [
+        ({"cache": "dual"}, "these are those of an approximation"),
+        ({"guidance": 0.5}, "these are those of an approximation"),
+        ({"block_length": 3}, r"would be given, not drawn. Set sampler.stop_early = false"),
+        ({"block_length": 3, "stop_early": False}, None),
+        ({}, None),
+    ],
+)
+def test_order_needs_the_models_own_record(tables, tmp_path, sampler, message):
+    changed = tables | {
+        "algorithm": {"type": "dmpo_wdce", "count_positions": "all"},
+        "sampler": {"type": "low_confidence", "gen_length": 6, **sampler},
+        "rollout": {"type": "groups", "prompts_per_batch": 2, "group_size": 8},
+    }
+    if message is None:
+        train_recipe(changed, tmp_path)
+        return
+    with pytest.raises(ConfigError, match=message):
+        train_recipe(changed, tmp_path)
+    changed["algorithm"]["count_positions"] = "to_eos"
+    if "block_length" in sampler:
+        train_recipe(changed, tmp_path)
+
+
 @pytest.mark.parametrize("strategy", ["tree", "steps"])
 def test_runs_and_plans_of_a_strategy(strategy, tables, tmp_path, capsys):
     tables["rollout"]["type"] = strategy

@@ -279,7 +279,24 @@ def _rollout(table: Mapping[str, Any], algorithm: Named, sampler: Named, *, has_
             f"sampler.type = {sampler.name!r}: takes tokens back, and {algorithm.name} reads the steps in which they "
             "were fixed for good. Use 'roar' or 'low_confidence'."
         )
+    if needs.order:
+        _check_record(algorithm, sampler.value)
     return config
+
+
+def _check_record(algorithm: Named, sampler: Any) -> None:
+    """Raises: ConfigError where the log-probabilities that the sampler records are not the model's own in its steps."""
+    if not getattr(sampler, "is_own_law", True):
+        raise ConfigError(
+            f"sampler.cache and sampler.guidance: {algorithm.name} reads the log-probabilities of the sampler's steps, "
+            "and these are those of an approximation. Set sampler.cache = 'none' and sampler.guidance = 0."
+        )
+    counts_all = getattr(algorithm.value, "count_positions", "all") == "all"
+    if counts_all and getattr(sampler, "gives_tails", False):
+        raise ConfigError(
+            f"sampler.stop_early: {algorithm.name} counts all positions, and those behind a stop token would be given, "
+            "not drawn. Set sampler.stop_early = false, or algorithm.count_positions = 'to_eos'."
+        )
 
 
 def _offline(

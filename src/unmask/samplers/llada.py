@@ -122,6 +122,16 @@ class LowConfidence(_Blockwise):
         return self.is_paced and self.cache == "none" and not self.guidance
 
     @property
+    def is_own_law(self) -> bool:
+        """Whether recorded log-probabilities are those of the model itself, read whole and without guidance."""
+        return self.cache == "none" and not self.guidance
+
+    @property
+    def gives_tails(self) -> bool:
+        """Whether tokens behind a stop token may be given instead of drawn."""
+        return self.stop_early and self.num_blocks > 1
+
+    @property
     def total_steps(self) -> int:
         """Denoising steps of a completion, the most that there can be."""
         return super().total_steps if self.is_paced else self.gen_length

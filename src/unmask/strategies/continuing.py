@@ -22,7 +22,8 @@ def check_continues(strategy: str, name: str, sampler: Any) -> None:
     if not getattr(sampler, "continues", False):
         raise ConfigError(
             f"rollout.type = {strategy!r}: goes on from the middle of a completion, which sampler.type = {name!r} "
-            "cannot. Use 'low_confidence', 'random_remasking', 'roar' or 'dream', or rollout.type = 'groups'."
+            "cannot with these settings. Use 'low_confidence' (no threshold, cache or guidance), 'random_remasking', "
+            "'roar' or 'dream', or rollout.type = 'groups'."
         )
 
 
