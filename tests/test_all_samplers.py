@@ -10,9 +10,11 @@ import torch
 from tests.toys_network import BlockToyTransformer, ToyTransformer, prompt_batch, random_prompts
 from unmask.errors import ConfigError, ModelError
 from unmask.noise import Noise
-from unmask.samplers import SAMPLERS
+from unmask.samplers import SAMPLERS as REGISTERED
 from unmask.types import PromptBatch, Samples, take_rows
 
+SAMPLERS = {name: cls for name, cls in REGISTERED.items() if not getattr(cls, "is_outside", False)}
+"""Those that fill a canvas here; tests/test_engine.py has the other."""
 NOISE = Noise(seed=3).stream("rollout")
 LENGTH, BLOCK = 8, 4
 everywhere = [

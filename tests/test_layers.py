@@ -31,7 +31,7 @@ ROWS = (
     ("corruption", "corruption_steps", "likelihood", "advantages", "models", "tasks"),
     ("noise", "ranks"),  # tasks draw their puzzles with noise
     ("config", "schedule", "rows", "sandbox", "protocols"),
-    ("types", "optional", "places", "isolation", "files", "intervals", "tables"),
+    ("types", "optional", "places", "isolation", "files", "intervals", "tables", "user_code"),
     ("errors",),
     ("unmask",),  # the package itself: the version, and names that are looked up when first used
     ("_auto",),
@@ -60,7 +60,7 @@ FORBIDDEN = {
 # one way to a package that may be missing. A user's rewards are named in a recipe, and a sandbox worker's preloaded
 # modules by whoever starts it.
 IMPORT_BY_NAME = {
-    "__init__.py", "_auto.py", "cli/__init__.py", "optional.py", "tasks/rewards.py", "sandbox/inside/supervisor.py",
+    "__init__.py", "_auto.py", "cli/__init__.py", "optional.py", "user_code.py", "sandbox/inside/supervisor.py",
 }  # fmt: skip
 
 CONFINED = "sandbox/inside/"

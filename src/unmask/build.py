@@ -223,7 +223,7 @@ def train_recipe(tree: Mapping[str, Any], directory: Path) -> Recipe:
     algorithm = Named(*choose(ALGORITHMS, tables.get("algorithm", {}), "algorithm"))
     sampler = rollout = None
     if is_online:
-        sampler = make_sampler(tables.get("sampler", {"type": "low_confidence"}), task, "sampler")
+        sampler = make_sampler(_sampler_table(tables, directory), task, "sampler")
         rollout = _rollout(tables.get("rollout", {}), algorithm, sampler, has_pairs=data is not None)
     if data:
         data = _offline(data, algorithm, trainer, sampler or tables.get("sampler"), task, directory)
@@ -276,8 +276,8 @@ def _rollout(table: Mapping[str, Any], algorithm: Named, sampler: Named, *, has_
         )
     if needs.order and not getattr(sampler.value, "keeps_tokens", False):
         raise ConfigError(
-            f"sampler.type = {sampler.name!r}: takes tokens back, and {algorithm.name} reads the steps in which they "
-            "were fixed for good. Use 'roar' or 'low_confidence'."
+            f"sampler.type = {sampler.name!r}: takes tokens back, or has no record of its steps, and {algorithm.name} "
+            "reads the steps in which tokens were fixed for good. Use 'roar' or 'low_confidence'."
         )
     if needs.order:
         _check_record(algorithm, sampler.value)
@@ -415,6 +415,14 @@ def _task(tables: Mapping[str, Any], directory: Path) -> Named | None:
         return None
     files = {key: _beside(tables["task"][key], directory) for key in TASK_FILES if key in tables["task"]}
     return make_task({**tables["task"], **files})
+
+
+def _sampler_table(tables: Mapping[str, Any], directory: Path) -> Mapping[str, Any]:
+    """[sampler], with the file of an engine found."""
+    table: Mapping[str, Any] = tables.get("sampler", {"type": "low_confidence"})
+    if not isinstance(table, Mapping) or "engine" not in table:
+        return table
+    return {**table, "engine": _beside(table["engine"], directory)}
 
 
 def _beside(value: Any, directory: Path) -> Any:

@@ -216,6 +216,8 @@ class _Listener:
 
 def rehearse(sampler: Sampler, prompt_tokens: int, block_size: int | None = None) -> Decoding:
     """Let the sampler write one completion with a model that gives every token the same probability."""
+    if getattr(sampler, "is_outside", False):
+        return Decoding()
     policy = _Listener(block_size)
     ids = torch.zeros(1, prompt_tokens, dtype=torch.int64)
     prompts = PromptBatch(ids, torch.ones_like(ids, dtype=torch.bool), torch.zeros(1).long(), torch.zeros(1).long())

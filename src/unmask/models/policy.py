@@ -81,6 +81,22 @@ class MaskedPolicy:
             raise ModelError(f"{self.name}: adapters go beside the policy's own. Give model.lora first.")
         add(self.switch, name, config, seed=seed, is_trained=is_trained, has_scalar_head=has_scalar_head)
 
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of every parameter that is trained, without gradient. Raises: ModelError for slices."""
+        for name, parameter in self.module.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if isinstance(parameter, DTensor):
+                raise ModelError(
+                    f"{self.name}: its weights are in slices, and an engine wants them whole. Launch with "
+                    "recipes/accelerate/ddp.yaml."
+                )
+            yield name.removeprefix("module."), parameter.detach()
+
+    def weights_version(self) -> int:
+        """A number that grows whenever a trained parameter is written."""
+        return sum(parameter._version for parameter in self.module.parameters() if parameter.requires_grad)
+
     def enable_gradient_checkpointing(self) -> None:
         """Layers keep their input alone for the backward pass and compute the rest again. Raises: ModelError."""
         self._checkpointed = [x for x in self.module.modules() if isinstance(x, GradientCheckpointingLayer)]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from unmask.samplers.block_diffusion import BlockDiffusion
 from unmask.samplers.dream import Dream
+from unmask.samplers.engine import OutsideEngine
 from unmask.samplers.llada import LowConfidence, RandomRemasking
 from unmask.samplers.roar import Roar
 
-SAMPLERS: dict[str, type[Roar | LowConfidence | RandomRemasking | Dream | BlockDiffusion]] = {
+SAMPLERS: dict[str, type[Roar | LowConfidence | RandomRemasking | Dream | BlockDiffusion | OutsideEngine]] = {
     "roar": Roar,
     "low_confidence": LowConfidence,
     "random_remasking": RandomRemasking,
     "dream": Dream,
     "block_diffusion": BlockDiffusion,
+    "engine": OutsideEngine,
 }

@@ -9,17 +9,13 @@ Both may be `async`. A name is `module:function` or `path/to/file.py:function`.
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
 import inspect
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from unmask.errors import ConfigError
+from unmask.user_code import find_callable
 
 SIGNATURES = ("trl", "verl")
 
@@ -56,36 +52,7 @@ class Batch:
 
 def find_function(name: str) -> Callable[..., Any]:
     """The function that a recipe names. Raises: ConfigError saying what is not there."""
-    module, colon, attribute = name.rpartition(":")
-    if not colon or not module or not attribute:
-        raise ConfigError(f"task.rewards = {name!r}: must be module:function or path/to/file.py:function.")
-    try:
-        found: Any = _load_file(Path(module)) if module.endswith(".py") else _load_module(module)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except (ImportError, AttributeError, OSError, SyntaxError) as error:
-        raise ConfigError(
-            f"task.rewards = {name!r}: cannot be imported ({error}). Check the module and name."
-        ) from error
-    if not callable(found):
-        raise ConfigError(f"task.rewards = {name!r}: is a {type(found).__name__}, a function is required.")
-    return found  # type: ignore[no-any-return]
-
-
-def _load_module(name: str) -> Any:
-    """Import a module; the working directory counts, as it does for `python -m`."""
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    return importlib.import_module(name)
-
-
-def _load_file(file: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"unmask_rewards_{file.stem}", file)
-    if spec is None or spec.loader is None or not file.is_file():
-        raise ImportError(f"there is no file {file}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return find_callable(name, "task.rewards")
 
 
 def call(function: Callable[..., Any], signature: str, batch: Batch) -> Outcome:
