@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def show(table: list[dict[str, Any]], title: str) -> None:
         drawn.add_column(heading, justify="left" if heading == "setting" else "right", no_wrap=heading == "setting")
     for row in table:
         drawn.add_row(*pareto.cells(row))
-    Console().print(drawn)
+    (Console() if sys.stdout.isatty() else Console(width=120)).print(drawn)
 
 
 def write(directory: Path, table: list[dict[str, Any]], sentences: list[str], title: str) -> None:
