@@ -28,17 +28,6 @@ INSIDE = Path(pool_module.SUPERVISOR).parent
 QUICK = Limits(cpu=1.0, wall=6.0)
 
 
-@pytest.fixture(scope="module")
-def sandbox():
-    try:
-        found = LocalSandbox(packages=("numpy",))
-    except SandboxUnavailable as error:
-        assert "a program can" not in str(error)  # a kernel that lacks something is skipped, a hole is not
-        pytest.skip(f"programs cannot be confined here: {error}")
-    yield found
-    found.close()
-
-
 def squares(source: str, **settings) -> Program:
     return Program(source, ["assert f(2) == 4", "assert f(3) == 9"], ["f"], **({"limits": QUICK} | settings))
 

@@ -16,16 +16,6 @@ from unmask.sandbox.verdicts import Limits, Program
 QUICK = Limits(cpu=1.0, wall=6.0)
 
 
-@pytest.fixture(scope="module")
-def sandbox():
-    try:
-        found = LocalSandbox(packages=("numpy",))
-    except SandboxUnavailable as error:
-        pytest.skip(f"programs cannot be confined here: {error}")
-    yield found
-    found.close()
-
-
 def program(source: str, *tests: str, **settings) -> Program:
     return Program(source, tests, ["f"], **({"limits": QUICK} | settings))
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from unmask import pareto
 from unmask.api import decoding, evaluation_task, open_model
 from unmask.build import Named
-from unmask.cli.decoding import split_options
+from unmask.cli.decoding import add_task_arguments, split_options
 from unmask.cli.view import open_view
 from unmask.config import apply_overrides
 from unmask.errors import ConfigError, UnmaskError
@@ -38,11 +38,7 @@ from unmask.types import Sampler
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model, adapter or run directory, or a hub id")
-    parser.add_argument("--task", required=True, help="task name; see `unmask list tasks`")
-    parser.add_argument("--data", metavar="FILE", help="a data file of the task (default: its generated test split)")
-    parser.add_argument("--split", default="test", help="split to measure on (default: test)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
+    add_task_arguments(parser)
     parser.add_argument("--gen-length", type=int, metavar="N", help="canvas tokens (default: the task's)")
     parser.add_argument("--num-steps", type=int, metavar="N", help="steps of the reference (default: one token a step)")
     parser.add_argument("--block-length", type=int, metavar="N", help="semi-autoregressive block (default: one block)")

@@ -27,6 +27,15 @@ def add_sampler_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="noise at temperature above 0 (default: 0)")
 
 
+def add_task_arguments(parser: argparse.ArgumentParser) -> None:
+    """MODEL, --task, --data, --split and --limit."""
+    parser.add_argument("model", metavar="MODEL", help="a model, adapter or run directory, or a hub id")
+    parser.add_argument("--task", required=True, help="task name; see `unmask list tasks`")
+    parser.add_argument("--data", metavar="FILE", help="a data file of the task (default: its generated test split)")
+    parser.add_argument("--split", default="test", help="split whose examples are taken (default: test)")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
+
+
 def split_options(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
     """(words for the task, settings of the sampler from those that begin with "sampler.")."""
     own = [word for word in words if word.startswith(PREFIX)]

@@ -34,7 +34,7 @@ from typing import Any
 from unmask import __version__
 from unmask.api import decoding, evaluation_rows, evaluation_task
 from unmask.build import Named
-from unmask.cli.decoding import add_sampler_arguments, sampler_fields, split_options
+from unmask.cli.decoding import add_sampler_arguments, add_task_arguments, sampler_fields, split_options
 from unmask.cli.view import open_view, print_rows
 from unmask.config import apply_overrides, to_table
 from unmask.errors import ConfigError
@@ -50,11 +50,7 @@ from unmask.tables import latex_table, markdown_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a model, adapter or run directory, or a hub id")
-    parser.add_argument("--task", required=True, help="task name; see `unmask list tasks`")
-    parser.add_argument("--data", metavar="FILE", help="a data file of the task (default: its generated test split)")
-    parser.add_argument("--split", default="test", help="split to evaluate (default: test)")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N examples")
+    add_task_arguments(parser)
     add_sampler_arguments(parser)
     parser.add_argument(
         "--gen-length", metavar="N[,N...]", help="canvas tokens, one row for each (default: the task's)"
