@@ -74,6 +74,7 @@ def test_the_fastest_within_the_margin_is_named_and_caches_that_do_not_help():
     table = rows(found)
     assert fastest(table)["name"] == "threshold 0.9" and fastest(table, 0.1)["name"] == "threshold 0.7"
     assert fastest(table, 0.0)["name"] == "16 steps"
+    assert fastest(table, 0.7 / 140)["name"] == "threshold 0.9"  # just the margin
     assert words(table, found) == [
         "fastest within 1 points of 16 steps: threshold 0.9, 2.00 times as fast, 2.00 times fewer forwards, "
         "-0.50 points",
@@ -108,6 +109,7 @@ def test_the_command_writes_table_numbers_and_figure(folder, tmp_path, capsys):
         (["--task", "sudoku", "--limit", "0"], "--limit of at least 1"),
         (["--task", "sudoku", "--block-length", "7"], "sampler.block_length = 7: must divide"),
         (["--task", "sudoku", "sampler.guidence=1"], "guidence"),
+        (["--task", "sudoku", "sampler.threshold=0.9"], "sampler.threshold: is what the settings differ in"),
         (["--task", "no_such"], "no_such"),
     ],
 )

@@ -180,3 +180,21 @@ def test_bad_settings_and_rows(tmp_path):
         (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
         with pytest.raises(DataError, match="line 1: is no row of code"):
             TASKS["code"](data=str(tmp_path / "rows.jsonl")).examples("test")
+
+
+@pytest.mark.parametrize(
+    ("row", "names"),
+    [
+        ({"question": "q", "test_cases": ["assert sum([1, 2]) == 3", "assert sum([]) == 0"]}, ["sum"]),
+        ({"question": "q", "test_cases": ["assert sorted(f(3)) == [1]"]}, ["f"]),
+        ({"question": "q", "test_cases": []}, None),
+        ({"question": "q", "test_cases": ["assert True"]}, None),
+    ],
+)
+def test_a_row_has_tests_that_call_the_program(row, names):
+    task = TASKS["code"](data="x")
+    if names is None:
+        with pytest.raises(ValueError, match="every program would pass"):
+            task.read_row(row)
+        return
+    assert task.read_row(row)["names"] == names

@@ -64,6 +64,16 @@ class Long(Recorded):
         return [[9] * (gen_length + 1)] * len(prompts)
 
 
+class Foreign(Recorded):
+    def complete(self, prompts, **rest):
+        return [[9, 1_000_000]] * len(prompts)
+
+
+class Truth(Recorded):
+    def complete(self, prompts, **rest):
+        return [[9, True]] * len(prompts)
+
+
 class Masked(Recorded):
     def complete(self, prompts, **rest):
         return [[9, 2]] * len(prompts)
@@ -73,18 +83,20 @@ def sampler(name: str, temperature: float = 1.0):
     return SAMPLERS["engine"](gen_length=6, engine=f"tests.test_engine:{name}", temperature=temperature)
 
 
-def prompts(policy, texts=("1", "1", "234", "234")):
-    ids, mask = policy.encode_prompts(list(texts), 6)
-    return PromptBatch(ids, mask, torch.tensor([0, 0, 5, 5]), torch.tensor([0, 1, 0, 1]))
+def prompts(policy, texts=("1", "234", "5", "67")):
+    """Each twice."""
+    ids, mask = policy.encode_prompts([text for text in texts for _ in range(2)], 6)
+    numbers = torch.arange(2 * len(texts))
+    return PromptBatch(ids, mask, numbers // 2, numbers % 2)
 
 
 def test_an_engine_gets_bare_prompts_and_a_seed_for_each_row():
     policy = tiny_policy()
     samples = sampler("Recorded").sample(policy, prompts(policy), noise=NOISE)
     (asked,) = made[-1].asked
-    assert asked["prompts"] == [policy.encode("1")] * 2 + [policy.encode("234")] * 2
+    assert asked["prompts"] == [policy.encode(t) for t in ("1", "1", "234", "234", "5", "5", "67", "67")]
     assert asked["temperature"] == 1.0 and asked["gen_length"] == 6
-    assert len(set(asked["seeds"])) == 4 and all(0 <= seed < 2**52 for seed in asked["seeds"])
+    assert len(set(asked["seeds"])) == 8 and all(0 <= seed < 2**52 for seed in asked["seeds"])
     for row, seed in zip(samples.completion_ids.tolist(), asked["seeds"], strict=True):
         length = 1 + seed % 6
         assert row == [8 + (seed + i) % 9 for i in range(length)] + [policy.stop_token_ids[0]] * (6 - length)
@@ -102,7 +114,7 @@ def test_weights_are_pushed_when_they_have_changed_and_only_then():
     engine = made[-1]
     assert len(engine.pushed) == 1
     assert engine.pushed[0].keys() == dict(policy.module.named_parameters()).keys()
-    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=0.1)
+    optimizer = torch.optim.AdamW(policy.module.parameters(), lr=0.1, fused=True)  # leaves no trace in _version
     for parameter in policy.module.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
@@ -116,10 +128,12 @@ def test_weights_are_pushed_when_they_have_changed_and_only_then():
 @pytest.mark.parametrize(
     ("name", "temperature", "message"),
     [
-        ("Deaf", 1.0, "at temperature 1 all completions of each of 2 prompts are the same"),
+        ("Deaf", 1.0, "at temperature 1 all completions of each of 4 prompts are the same"),
         ("Restless", 0.0, "at temperature 0 a prompt got different completions"),
-        ("Short", 1.0, "3 completions for 4 prompts"),
+        ("Short", 1.0, "7 completions for 8 prompts"),
         ("Long", 1.0, "completion 0 has 7 tokens, asked for were at most 6"),
+        ("Foreign", 1.0, "completion 0 holds 1000000, which is no token that a text can have"),
+        ("Truth", 1.0, "completion 0 holds True, which is no token"),
         ("Masked", 1.0, "completion 0 holds 2, which is no token that a text can have"),
     ],
 )
@@ -127,6 +141,12 @@ def test_wrong_replies_are_refused(name, temperature, message):
     policy = tiny_policy()
     with pytest.raises(ModelError, match=message):
         sampler(name, temperature).sample(policy, prompts(policy), noise=NOISE)
+
+
+def test_few_groups_of_equal_completions_say_nothing():
+    policy = tiny_policy()
+    few = prompts(policy, ("1", "234"))
+    assert sampler("Deaf").sample(policy, few, noise=NOISE).completion_ids[:, 0].tolist() == [9] * 4
 
 
 def test_a_policy_may_become_sure_of_itself_later():

@@ -94,6 +94,8 @@ def test_a_part_is_judged_while_the_next_one_is_sampled():
     has_judged = threading.Event()
 
     class Telling(DigitSum):
+        judges_rows = True
+
         def score(self, example, completion):
             has_judged.set()
             return super().score(example, completion)
@@ -124,6 +126,8 @@ def test_a_reward_that_wants_the_whole_batch_gets_it():
 
 def test_what_judging_raises_in_its_thread_is_raised():
     class Broken(DigitSum):
+        judges_rows = True
+
         def score(self, example, completion):
             raise RewardError("the reward is broken")
 
@@ -231,6 +235,8 @@ def test_a_task_without_examples_is_refused():
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_rewards_must_be_finite(value):
     class Broken(DigitSum):
+        judges_rows = True
+
         def score(self, example, completion):
             return Score(value, Status.WRONG)
 

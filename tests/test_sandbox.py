@@ -169,6 +169,27 @@ def test_tests_that_compute_for_long_are_not_held_against_the_program(sandbox):
     assert (found.status, found.passed) == ("timeout", (True,)) and time.monotonic() - began < 2.0  # not tried again
 
 
+def test_a_program_without_tests_passes_none(sandbox):
+    assert sandbox.run([Program("def f(x): return x", [], ["f"], limits=QUICK)])[0].status == "wrong"
+
+
+def test_a_socket_cannot_be_kept_in_flight(sandbox):
+    source = (
+        "import os, socket, stat\n"
+        "def f(x):\n"
+        "    fd = next(n for n in range(3, 64) if is_socket(n))\n"
+        "    a, b = socket.socketpair()\n"
+        "    socket.send_fds(a, [b'x'], [fd, a.fileno(), b.fileno()])\n"
+        "    os._exit(0)\n"
+        "def is_socket(n):\n"
+        "    try: return stat.S_ISSOCK(os.fstat(n).st_mode)\n"
+        "    except OSError: return False\n"
+    )
+    began = time.monotonic()
+    found = sandbox.run([Program(source, ["assert f(1) == 1"], ["f"], limits=Limits(cpu=2.0, wall=20.0))])[0]
+    assert found.status != "correct" and time.monotonic() - began < 10
+
+
 def test_types_may_be_arguments(sandbox):
     program = Program("def f(x, kind): return isinstance(x, kind)", ["assert f(2, int) and not f(2, str)"], ["f"])
     assert sandbox.run([program])[0].status == "correct"
@@ -424,7 +445,10 @@ def test_hostile_values_are_refused(wire):
     for value in (deep, 1 << 10_000_000, [0] * 1_000_000, object()):
         with pytest.raises(wire.WireError):
             wire.Encoder().text(value)
-    for text in ('{"i": "zz"}', '{"x": 1}', '{"t": 5}', '{"d": [1]}', "[" * 500 + "]" * 500, '{"f": "abc"}', "{", "{}", "NaN",
+    hashes = [{"i": hex(k * (2**61 - 1))} for k in range(1000)]  # all of one hash
+    costly = ['{"n": ["1e999999999", 1]}', '{"n": ["1e999999999"]}', '{"n": [{"m": "1E999999999"}, 1]}', '{"m": "1E9999999"}',
+              '{"j": ["1", "2"]}', '{"r": [1, 2]}', json.dumps({"s": hashes}), json.dumps({"d": [[h, 1] for h in hashes]})]  # fmt: skip
+    for text in (*costly, '{"i": "zz"}', '{"x": 1}', '{"t": 5}', '{"d": [1]}', "[" * 500 + "]" * 500, '{"f": "abc"}', "{", "{}", "NaN",
                  '{"r": [1, 2, 0]}', '{"n": [1, 0]}', '{"b": "zz"}', '{"t": [], "s": []}', '{"s": [[1]]}', "[" * 100_000):  # fmt: skip
         with pytest.raises(wire.WireError):
             wire.decode(text, lambda *_: None)

@@ -94,7 +94,9 @@ class Kept:
         try:
             self.descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | flags, 0o644)
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except (BlockingIOError, FileExistsError):
+            if not os.path.samestat(os.fstat(self.descriptor), os.stat(self.path)):
+                raise FileNotFoundError  # another one finished and removed it in between
+        except (BlockingIOError, FileExistsError, FileNotFoundError):
             self.close()
             raise ConfigError(
                 f"{self.path}: another evaluation writes it. Wait for it, or name another file."
@@ -103,7 +105,8 @@ class Kept:
     def _read(self) -> list[dict[str, Any]]:
         """The rows; a last line that was cut off by a kill is removed."""
         assert self.descriptor is not None
-        content = self.path.read_bytes()
+        with open(self.descriptor, "rb", closefd=False) as file:
+            content = file.read()
         end = content.rfind(b"\n") + 1
         os.truncate(self.descriptor, end)
         rows = []

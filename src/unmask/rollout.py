@@ -251,8 +251,8 @@ def verdicts(
 
 
 def judges_rows(task: Task) -> bool:
-    """Whether a completion's score is its own affair, so that a batch may be judged in parts."""
-    return not isinstance(task, BatchTask) or bool(getattr(task, "judges_rows", False))
+    """Whether a task says that a batch may be judged in parts, and in another thread."""
+    return bool(getattr(task, "judges_rows", False))
 
 
 class Judging(AbstractContextManager["Judging"]):

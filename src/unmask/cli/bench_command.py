@@ -36,6 +36,9 @@ from unmask.noise import Noise
 from unmask.runs import plain, write_atomic
 from unmask.types import Sampler
 
+OWN = {"gen_length", "num_steps", "block_length", "temperature", "threshold", "factor", "entropy_bound", "cache"}
+"""Settings of the sampler that no word may change: each row names them."""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_task_arguments(parser)
@@ -55,6 +58,8 @@ def run(args: argparse.Namespace) -> None:
     if args.output:
         check_figure(Path(args.output) / "bench.png")
     words, fields = split_options(args.options)
+    if own := OWN & set(fields):
+        raise ConfigError(f"sampler.{min(own)}: is what the settings differ in, or has an option of its own. Drop it.")
     task = evaluation_task(args.task, args.data, args.split, apply_overrides({}, words))
     reference = chosen(task, args, fields)
     examples = task.value.examples(args.split)[: args.limit]

@@ -51,6 +51,12 @@ def chosen_sampler(args: argparse.Namespace, words: Sequence[str], gen_length: i
     return decoding(None, args.sampler, **sampler_fields(args) | {"gen_length": gen_length} | settings)
 
 
+def check_temperature(num_samples: int, sampler: Named) -> None:
+    """Raises: ConfigError for several samples that would all be the same."""
+    if num_samples > 1 and getattr(sampler.value, "temperature", 1.0) == 0 and sampler.name != "random_remasking":
+        raise ConfigError("--num-samples above 1 at temperature 0 writes the same again. Try --temperature 0.9.")
+
+
 def sampler_fields(args: argparse.Namespace) -> dict[str, Any]:
     """Settings that have an option of their own."""
     return {name: getattr(args, name) for name in ("num_steps", "block_length", "temperature")}

@@ -34,7 +34,13 @@ from typing import Any
 from unmask import __version__
 from unmask.api import decoding, evaluation_rows, evaluation_task
 from unmask.build import Named
-from unmask.cli.decoding import add_sampler_arguments, add_task_arguments, sampler_fields, split_options
+from unmask.cli.decoding import (
+    add_sampler_arguments,
+    add_task_arguments,
+    check_temperature,
+    sampler_fields,
+    split_options,
+)
 from unmask.cli.view import open_view, print_rows
 from unmask.config import apply_overrides, to_table
 from unmask.errors import ConfigError
@@ -85,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
         decoding(task, args.sampler, **sampler_fields(args) | pace(args, length) | {"gen_length": length} | settings)
         for length in (LENGTHS if args.preset and not args.gen_length else lengths(args.gen_length))
     ]
-    check(args)
+    check(args, samplers)
     join_processes()
     with open_kept(args, task, samplers) as kept:
         with open_view(args.quiet) as view:
@@ -106,7 +112,7 @@ def run(args: argparse.Namespace) -> None:
             print(f"{what} written to {file}")
 
 
-def check(args: argparse.Namespace) -> None:
+def check(args: argparse.Namespace, samplers: Sequence[Named]) -> None:
     """Raises: ConfigError, before the work, for options that do not go together or files that cannot be written."""
     if args.output:
         check_output(Path(args.output))
@@ -114,8 +120,7 @@ def check(args: argparse.Namespace) -> None:
             raise ConfigError(f"--output {args.output}: must end with {', '.join(WRITERS)}. Try rows.json.")
     if args.completions:
         check_output(Path(args.completions), "--completions")
-    if args.num_samples > 1 and args.temperature == 0 and not any("temperature" in word for word in args.options):
-        raise ConfigError("--num-samples above 1 at temperature 0 writes the same again. Try --temperature 0.9.")
+    check_temperature(args.num_samples, samplers[0])
 
 
 @contextmanager

@@ -14,18 +14,20 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from unmask.api import open_model
-from unmask.cli.decoding import add_sampler_arguments, chosen_sampler
+from unmask.cli.decoding import add_sampler_arguments, check_temperature, chosen_sampler
 from unmask.cli.eval_command import check_output
 from unmask.cli.view import open_view
 from unmask.errors import ConfigError, DataError
 from unmask.noise import Noise
+from unmask.rollout import draw_samples
 from unmask.rows import prompt_of, read_rows
 from unmask.runs import write_atomic
-from unmask.types import PromptBatch, take_rows
+from unmask.types import PromptBatch
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,20 +49,20 @@ def run(args: argparse.Namespace) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1. Try 1.")
     check_output(Path(args.output))
     rows = prompts(args.file, args.split)
-    sampler = chosen_sampler(args, args.options, args.gen_length).value
+    named = chosen_sampler(args, args.options, args.gen_length)
+    check_temperature(args.num_samples, named)
+    sampler = named.value
     policy = open_model(args.model)
     texts = [policy.render(row["prompt"]) for row in rows for _ in range(args.num_samples)]
     ids, mask = policy.encode_prompts(texts, sampler.gen_length)
     numbers = torch.arange(len(texts), device=policy.device)
     batch = PromptBatch(ids, mask, numbers // args.num_samples, numbers % args.num_samples)
-    completions: list[str] = []
     with open_view(args.quiet) as view:
         view.stage("generating", len(texts))
-        for start in range(0, len(texts), args.batch_size):
-            part = take_rows(batch, slice(start, start + args.batch_size))
-            samples = sampler.sample(policy, part, noise=Noise(args.seed).stream("generate"))
-            completions += policy.decode(samples.completion_ids)
-            view.advance(len(part))
+        noise = Noise(args.seed).stream("generate")
+        options: dict[str, Any] = {"noise": noise, "batch_size": args.batch_size, "on_rows": view.advance}
+        (samples,) = draw_samples(policy, sampler, [(batch, None)], ids[:1], **options)
+        completions = policy.decode(samples.completion_ids)
     lines = []
     for number, completion in enumerate(completions):
         extra = {"sample": number % args.num_samples} if args.num_samples > 1 else {}

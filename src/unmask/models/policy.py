@@ -44,6 +44,7 @@ class MaskedPolicy:
         self.max_length: int = getattr(module, "num_positions", config.max_position_embeddings)
         self.block_size: int | None = getattr(config, "block_size", None)
         self.lookback: int | None = getattr(module, "lookback", None)
+        self.vocab_size: int = config.vocab_size
         self._checkpointed: list[nn.Module] = []
 
     @property
@@ -86,16 +87,18 @@ class MaskedPolicy:
         for name, parameter in self.module.named_parameters():
             if not parameter.requires_grad:
                 continue
-            if isinstance(parameter, DTensor):
+            if isinstance(parameter, DTensor) or not parameter.numel():
                 raise ModelError(
                     f"{self.name}: its weights are in slices, and an engine wants them whole. Launch with "
                     "recipes/accelerate/ddp.yaml."
                 )
             yield name.removeprefix("module."), parameter.detach()
 
-    def weights_version(self) -> int:
-        """A number that grows whenever a trained parameter is written."""
-        return sum(parameter._version for parameter in self.module.parameters() if parameter.requires_grad)
+    def weights_version(self) -> tuple[float, ...]:
+        """Another one whenever trained parameters have been written: their sums, as some optimisers leave no trace."""
+        trained = [parameter.detach() for parameter in self.module.parameters() if parameter.requires_grad]
+        sums = [parameter.sum(dtype=torch.float64) for parameter in trained]
+        return (float(sum(parameter._version for parameter in trained)), *torch.stack(sums).tolist())
 
     def enable_gradient_checkpointing(self) -> None:
         """Layers keep their input alone for the backward pass and compute the rest again. Raises: ModelError."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,6 +16,9 @@ from unmask.errors import ConfigError, ModelError
 from unmask.samplers.canvas import require_room
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
 from unmask.user_code import find_callable
+
+MIN_GROUPS = 4
+"""Groups of equal completions that say more of an engine than of a policy which has become sure of itself."""
 
 
 class Engine(Protocol):
@@ -36,9 +40,11 @@ class Engine(Protocol):
 class WeightedPolicy(Policy, Protocol):
     """A policy that can give its weights away."""
 
+    vocab_size: int
+
     def named_weights(self) -> Iterable[tuple[str, Tensor]]: ...
 
-    def weights_version(self) -> int: ...
+    def weights_version(self) -> tuple[float, ...]: ...
 
 
 class _Session:
@@ -47,7 +53,7 @@ class _Session:
     def __init__(self, engine: Engine):
         self.engine = engine
         self.policy: object = None
-        self.version = -1
+        self.version: tuple[float, ...] = ()
         self.has_seen_groups = False
 
     def bring_up_to_date(self, policy: WeightedPolicy) -> None:
@@ -62,10 +68,10 @@ class OutsideEngine:
     """Completions of an engine of your own: docs/rollouts.md has its interface, examples/own_engine a whole one.
 
     It is given the weights before its first completions and after every update. What it returns is checked: as many
-    rows as prompts, no longer than the canvas, without mask tokens. At temperature 0 equal prompts must have equal
-    completions; above it, the first batch with several rollouts of a prompt is refused if they are equal in all of its
-    groups, as an engine that ignores temperature or seeds makes them. No steps and log-probabilities are recorded, so
-    algorithms that read them refuse it.
+    rows as prompts, no longer than the canvas, tokens of the model but not the mask. At temperature 0 equal prompts
+    must have equal completions; above it, the first batch with several rollouts of each of at least four prompts is
+    refused if they are equal in all of these groups, as an engine that ignores temperature or seeds makes them. No
+    steps and log-probabilities are recorded, so algorithms that read them refuse it.
     """
 
     gen_length: int
@@ -115,7 +121,9 @@ class OutsideEngine:
         empty = torch.zeros_like(ids)
         return Samples(ids, empty, empty.double(), empty[:, 0].clone())
 
-    def _checked(self, policy: Policy, replies: Sequence[Sequence[int]], num_rows: int) -> Tensor:  # (B, L) int64
+    def _checked(
+        self, policy: WeightedPolicy, replies: Sequence[Sequence[int]], num_rows: int
+    ) -> Tensor:  # (B, L) int64
         """The replies on canvases. Raises: ModelError."""
         if len(replies) != num_rows:
             raise ModelError(f"{self.engine}: {len(replies)} completions for {num_rows} prompts. Return one for each.")
@@ -127,13 +135,13 @@ class OutsideEngine:
                     f"{self.engine}: completion {row} has {len(reply)} tokens, asked for were at most "
                     f"{self.gen_length}. Cut it in the engine."
                 )
-            wrong = next((t for t in reply if not isinstance(t, int) or t < 0 or t == policy.mask_token_id), None)
-            if wrong is not None:
+            wrong = [t for t in reply if not is_token(t, policy)]
+            if wrong:
                 raise ModelError(
-                    f"{self.engine}: completion {row} holds {wrong!r}, which is no token that a text can have. Return "
-                    "token ids of the model, without the mask token."
+                    f"{self.engine}: completion {row} holds {wrong[0]!r}, which is no token that a text can have. "
+                    "Return token ids of the model, without the mask token."
                 )
-            ids[row, : len(reply)] = torch.tensor(reply, dtype=torch.int64)
+            ids[row, : len(reply)] = torch.tensor([int(t) for t in reply], dtype=torch.int64)
         return ids.to(policy.device)
 
     def _check_groups(self, prompts: Sequence[Sequence[int]], ids: Tensor) -> None:
@@ -148,9 +156,17 @@ class OutsideEngine:
                 f"{self.engine}: at temperature 0 a prompt got different completions, so the temperature is ignored. "
                 "Pass it on to what samples."
             )
-        if self.temperature > 0 and several and not self.session.has_seen_groups and all(are_equal):
+        is_enough = len(several) >= MIN_GROUPS and not self.session.has_seen_groups
+        if self.temperature > 0 and is_enough and all(are_equal):
             raise ModelError(
                 f"{self.engine}: at temperature {self.temperature:g} all completions of each of {len(several)} prompts "
                 "are the same, so temperature or seeds are ignored. Give every row its own seed."
             )
-        self.session.has_seen_groups |= bool(several)
+        self.session.has_seen_groups |= is_enough
+
+
+def is_token(value: object, policy: WeightedPolicy) -> bool:
+    """Whether it is an id that a text can have."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return False
+    return 0 <= operator.index(value) < policy.vocab_size and operator.index(value) != policy.mask_token_id

@@ -148,6 +148,10 @@ class LowConfidence(_Blockwise):
     ) -> Samples:
         """One completion per row, from `start` on if it is given. `on_step` receives a copy of the canvas (B, T) after
         every step. Raises: ModelError for a cache that the model's family does not have."""
+        if start is not None and not self.continues:
+            raise ValueError(
+                "sample() with a threshold, a cache or guidance cannot begin in the middle of a completion"
+            )
         canvas = open_canvas(policy, prompts, self.gen_length, on_step, start)
         reader = WindowReader(policy, canvas, self.cache, self.refresh_every) if self.cache != "none" else None
         token_noise = noise.stream("token") if self.temperature > 0 else None

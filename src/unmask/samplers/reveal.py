@@ -48,7 +48,8 @@ def within_entropy(negative_entropy: Tensor, bound: float) -> Tensor:
     is_open = negative_entropy > -math.inf
     ranked, order = negative_entropy.sort(dim=1, descending=True, stable=True)
     entropy = torch.where(ranked > -math.inf, -ranked, 0.0)
-    earlier = entropy.cumsum(1) - entropy  # the largest of an ascending sequence is its last
+    earlier = torch.zeros_like(entropy)  # the largest of an ascending sequence is its last, and is left out
+    earlier[:, 1:] = entropy[:, :-1].cumsum(1)
     passes = earlier <= bound
     passes[:, 0] = True
     return _scattered(passes, order) & is_open

@@ -9,6 +9,8 @@ from functools import lru_cache
 
 from unmask.sandbox.verdicts import Limits, Program
 
+MAX_MESSAGE = 8 << 20
+"""Bytes of a message that the sandbox takes, see inside/wire.py."""
 MAX_CHARACTERS = 1 << 20
 """Of all tests of a program; longer ones take the judge that executes them."""
 
@@ -42,7 +44,8 @@ def _cases(tests: tuple[str, ...], names: frozenset[str]) -> bytes | None:
         if not cases or None in cases:
             return None
         found.append(cases)
-    return json.dumps(found).encode()
+    message = json.dumps(found).encode()
+    return message if len(message) <= MAX_MESSAGE else None
 
 
 def _case(statement: ast.stmt, names: frozenset[str]) -> tuple[str, str, str] | None:

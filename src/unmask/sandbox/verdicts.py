@@ -86,7 +86,7 @@ def classify(answer: dict[str, Any], program: Program) -> Verdict:
     killed = child["signal"]
     left_alone = answer["ended"] == "done" and killed == signal.SIGKILL  # by the supervisor, after the judge was done
     status = Status.WRONG
-    if loaded and len(passed) == len(program.tests) and all(passed):
+    if loaded and passed and len(passed) == len(program.tests) and all(passed):  # nothing passes no tests
         status = Status.CORRECT
     elif killed == signal.SIGSYS:
         status = Status.FORBIDDEN

@@ -22,6 +22,8 @@ def evalplus(row: Mapping[str, Any]) -> dict[str, Any]:
         if not defines(solution, name):
             raise ValueError(f"entry_point {name!r} is not defined by canonical_solution, nor by prompt and it")
     inputs = [restored(row["task_id"], arguments) for key in ("base_input", "plus_input") for arguments in row[key]]
+    if not inputs:
+        raise ValueError("base_input and plus_input are empty, so nothing would be tested")
     reference = f"Reference({solution!r}, {name!r}, {inputs!r}, {float(row['atol'])!r})"
     return {
         "question": prompt,

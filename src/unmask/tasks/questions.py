@@ -36,6 +36,8 @@ class QuestionTask(LeavesLengthToSampler):
     """What the answer begins with in a chat prompt: the model goes on from it, and is judged with it. "<reasoning>" in
     the evaluations of d1 and ESPO."""
 
+    judges_rows: ClassVar[bool] = True
+    """A verdict is its row's own affair: a batch may be judged in parts, in another thread."""
     name: ClassVar[str]
     prompts: ClassVar[Mapping[str, PromptStyle]]
     hub: ClassVar[Mapping[str, str]]

@@ -18,9 +18,9 @@ FLOATS = 1e-6
 
 
 def is_close(found: Any, expected: Any, tolerance: float) -> bool:
-    """Whether two numbers, or lists or tuples of them of the same type and sizes, differ by the tolerance at most."""
+    """Whether two numbers, or lists or tuples of them of the same sizes, differ by the tolerance at most."""
     if isinstance(expected, list | tuple):
-        is_same = type(found) is type(expected) and len(found) == len(expected)
+        is_same = isinstance(found, list | tuple) and len(found) == len(expected)
         return is_same and all(is_close(f, e, tolerance) for f, e in zip(found, expected, strict=True))
     kinds = int | float | complex
     if not isinstance(expected, kinds) or not isinstance(found, kinds):
@@ -32,11 +32,13 @@ def is_close(found: Any, expected: Any, tolerance: float) -> bool:
 
 
 def agrees(found: Any, expected: Any, tolerance: float) -> bool:
-    """EvalPlus's comparison: equal, or close if the task has a tolerance or a float or only floats are expected."""
+    """EvalPlus's comparison: equal, or of the same type and close if the task has a tolerance or a float or only floats
+    are expected."""
     items = expected if isinstance(expected, list | tuple) else [expected]
     if not tolerance and items and all(isinstance(item, float) for item in items):
         tolerance = FLOATS
-    return bool(found == expected) or (bool(tolerance) and is_close(found, expected, tolerance))
+    may_differ = bool(tolerance) and type(found) is type(expected)
+    return bool(found == expected) or (may_differ and is_close(found, expected, tolerance))
 
 
 # ---- tasks whose answers are not unique

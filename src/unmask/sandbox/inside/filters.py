@@ -141,6 +141,7 @@ def child_filter() -> list[Instruction]:
     program += _rule("setrlimit", [_return(ERRNO | errno.EPERM)])
     program += _rule("prctl", _when(0, 0xFFFFFFFF, [_SET_NAME], ERRNO | errno.EPERM))
     program += _rule("seccomp", [_return(KILL)])
+    program += _rule("sendmsg", [_return(ERRNO | errno.EPERM)])  # a socket in flight outlives who sent it
     return [*program, _return(ALLOW)]
 
 

@@ -151,7 +151,8 @@ def run(link: Link, task: dict[str, Any]) -> dict[str, Any]:
 
 def describe(error: BaseException) -> str:
     try:
-        return f"{type(error).__name__}: {error}"[:300]
+        text = f"{type(error).__name__}: {error}"[:300]
+        return text.encode("utf-8", "backslashreplace").decode()  # it goes into logs
     except Exception:
         return type(error).__name__
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -22,6 +22,10 @@ MAX_BYTES = 8 << 20
 MAX_DEPTH = 60
 MAX_PARTS = 400_000
 MAX_INT_BITS = 1 << 17
+MAX_DIGITS = 5000
+"""Of a decimal, written out."""
+MAX_EQUAL_HASHES = 64
+"""Members of a set, or keys of a dictionary, with one hash."""
 _EXACT = 1 << 53
 
 
@@ -150,6 +154,26 @@ def _refuse(name: str) -> None:
     raise ValueError(name)
 
 
+_OF_NUMBERS: dict[str, tuple[Callable[..., Any], type, int]] = {
+    "j": (complex, float, 2), "r": (range, int, 3), "n": (Fraction, int, 2),
+}  # fmt: skip
+"""What is made of numbers: of what type, and how many."""
+
+
+def _decimal(text: str) -> Decimal:
+    """Raises: WireError for one that would be an integer too long."""
+    value = Decimal(text) if len(text) <= MAX_DIGITS else None
+    if value is None or (value.is_finite() and abs(value.adjusted()) > MAX_DIGITS):
+        raise WireError("a decimal is too long")
+    return value
+
+
+def _refuse_collisions(items: Iterable[Any]) -> None:
+    """Raises: WireError if many have the same hash: a table of them takes the square of their number."""
+    if max(Counter(map(hash, items)).values(), default=0) > MAX_EQUAL_HASHES:
+        raise WireError("too many values of one hash")
+
+
 class _Decoder:
     def __init__(self, handle: Callable[[int, str], Any]):
         self.handle, self.parts = handle, 0
@@ -175,20 +199,27 @@ class _Decoder:
         ((tag, content),) = tree.items()
         if tag in ("t", "s", "z", "q", "e"):
             items = [self.value(item, depth + 1) for item in content]
+            if tag in ("s", "z"):
+                _refuse_collisions(items)
             kinds: dict[str, Callable[[list[Any]], Any]] = {"t": tuple, "s": set, "z": frozenset, "q": deque, "e": iter}
             return kinds[tag](items)
         if tag == "d":
-            return {self.value(k, depth + 1): self.value(v, depth + 1) for k, v in content}
-        if tag in ("j", "r", "n"):
+            keys = [self.value(k, depth + 1) for k, _ in content]
+            _refuse_collisions(keys)
+            return {key: self.value(v, depth + 1) for key, (_, v) in zip(keys, content, strict=True)}
+        if tag in _OF_NUMBERS:
+            make, kind, count = _OF_NUMBERS[tag]
             parts = [self.value(item, depth + 1) for item in content]
-            return complex(*parts) if tag == "j" else range(*parts) if tag == "r" else Fraction(*parts)
+            if len(parts) != count or any(type(part) is not kind for part in parts):
+                raise WireError(f"a value tagged {tag!r} has other parts")  # a text would be read as 10 ** anything
+            return make(*parts)
         if tag == "i":
             if len(content) > MAX_INT_BITS // 4 + 3:
                 raise WireError("an integer is too long")
             return int(content, 16)
         simple: dict[str, Callable[[str], Any]] = {
             "k": TYPES.__getitem__,
-            "f": float, "m": Decimal, "b": bytes.fromhex, "y": bytearray.fromhex,
+            "f": float, "m": _decimal, "b": bytes.fromhex, "y": bytearray.fromhex,
             "u": lambda hexadecimal: bytes.fromhex(hexadecimal).decode("utf-16-le", "surrogatepass"),
         }  # fmt: skip
         return simple[tag](content)
