@@ -239,11 +239,20 @@ def test_closeness(differential):
     close = differential.is_close
     assert close(1.0, 1.0 + 1e-7, 1e-6) and close(1, 1.0, 0.1) and close([1.0, [2]], [1.05, [2.05]], 0.1)
     assert close(math.nan, math.nan, 0.1) and close(math.inf, math.inf, 0.1) and close(1 + 1j, 1 + 1.05j, 0.1)
+    assert close((1.0, [0.2]), [1.0, (0.2,)], 1e-6)  # numpy's allclose sees no difference between the two
     assert close(1e9 + 50, 1e9, 1e-6) and not close(1e9 + 200, 1e9, 1e-6)  # relative
-    shapes = [([], 1.0), ([1.0], 1.0), (1.0, [1.0]), ([], [1.0]), ([1.0], []), ((1.0,), [1.0]), ([1.0, 9], [1.0, 2])]
+    shapes = [([], 1.0), ([1.0], 1.0), (1.0, [1.0]), ([], [1.0]), ([1.0], []), ([1.0, 9], [1.0, 2])]
     kinds = [(math.nan, 1.0), (1.0, math.inf), (-math.inf, math.inf), ("1", 1.0), (None, 0.0), ({}, 0.0)]
     for found, expected in shapes + kinds:
         assert not close(found, expected, 0.1), (found, expected)
+
+
+def test_what_differs_from_the_reference_has_its_type(differential):
+    agrees = differential.agrees
+    assert agrees(1.0 + 1e-9, 1.0, 0) and agrees([1.0, 2.0 + 1e-9], [1.0, 2.0], 0) and agrees(3, 3.0, 0)
+    assert agrees([(0.1, 0.2)], [[0.1, 0.2]], 1e-6)
+    for found, expected in [(3, 3.0000000001), (True, 1.0000001), (1.0000001 + 1e-8j, 1.0), ((1.0 + 1e-9,), [1.0])]:
+        assert not agrees(found, expected, 1e-6), (found, expected)
 
 
 def test_answers_that_are_not_unique(differential):
