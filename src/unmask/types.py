@@ -336,7 +336,7 @@ class Policy(Protocol):
         ...
 
     def new_window_cache(self, keeps_suffix: bool) -> Any:
-        """An empty cache with `refresh`, `freeze` and `keep`, to read windows of a canvas with."""
+        """An empty cache with `freeze` and `keep`: the first forward, of the whole canvas, fills it."""
         ...
 
     def head_weight(self) -> Tensor:

@@ -56,11 +56,6 @@ class WindowCache(Cache):
         super().__init__(layer_class_to_replicate=_WindowLayer)
         self.keeps_suffix = keeps_suffix
 
-    def refresh(self) -> None:
-        """The next forward is of the whole canvas and fills the cache anew."""
-        for layer in self.layers:
-            layer.start = None  # type: ignore[attr-defined]
-
     def freeze(self, start: int) -> None:
         """The next forwards are of a window that begins at this position."""
         for layer in self.layers:
