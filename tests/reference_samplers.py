@@ -207,6 +207,39 @@ def reference_parallel(
     return torch.tensor(finished), torch.tensor(fixed_at), torch.tensor(forwards)
 
 
+def reference_wino(
+    laws: Callable[[Tensor, range], tuple[Tensor, Tensor]],  # of a row's canvas (T,) and block: (T, V), (n, V)
+    prompt: list[int],
+    mask_token_id: int,
+    gen_length: int,
+    block_length: int,
+    *,
+    low: float,
+    high: float,
+) -> tuple[list[int], int, int]:
+    """arXiv:2507.18578 for one row at temperature 0: its tokens, the forwards, and how many tokens were taken back."""
+    canvas, forwards, revoked = prompt + [mask_token_id] * gen_length, 0, 0
+    for start in range(len(prompt), len(canvas), block_length):
+        block, fixed_before = range(start, start + block_length), 30
+        while any(canvas[i] == mask_token_id for i in block):
+            law, shadow = laws(torch.tensor(canvas), block)
+            forwards += 1
+            sure = {i: float(law[i].max()) for i in block if canvas[i] == mask_token_id}
+            held = {i: float(shadow[i - start, canvas[i]]) for i in block if canvas[i] != mask_token_id}
+            best = sorted(sure, key=lambda i: -sure[i])
+            limit = min(max(int(len(sure) * 0.7), 5), 20)
+            accepted = [i for i in best if sure[i] > low][:limit] or best[:1]
+            failed = sorted((i for i in held if held[i] < high), key=lambda i: held[i])
+            failed = failed[: fixed_before - 1] if len(accepted) > 1 else []
+            for i in accepted:
+                canvas[i] = int(law[i].argmax())
+            for i in failed:
+                canvas[i] = mask_token_id
+            revoked += len(failed)
+            fixed_before = len(accepted)
+    return canvas[len(prompt) :], forwards, revoked
+
+
 def reference_block_diffusion(
     policy: Policy,
     prompts: PromptBatch,

@@ -21,6 +21,12 @@ everywhere = [
     pytest.param(name, temperature, id=f"{name}-{temperature}") for name in SAMPLERS for temperature in (0.0, 1.0)
 ]
 every_sampler = pytest.mark.parametrize("name", SAMPLERS)
+KEEPING = [name for name, cls in SAMPLERS.items() if cls.keeps_tokens]
+"""Those that take no token back, so that steps and states can be told from the finished rows."""
+every_keeping_sampler = pytest.mark.parametrize("name", KEEPING)
+every_keeping_sampler_and_temperature = pytest.mark.parametrize(
+    "name, temperature", [place for place in everywhere if place.values[0] in KEEPING]
+)
 every_sampler_and_temperature = pytest.mark.parametrize("name, temperature", everywhere)
 
 
@@ -60,7 +66,7 @@ def assert_same_tokens(a: Samples, b: Samples) -> None:
     assert torch.allclose(a.logps, b.logps, rtol=0, atol=1e-12)
 
 
-@every_sampler_and_temperature
+@every_keeping_sampler_and_temperature
 def test_each_position_is_fixed_once_at_its_reveal_step_and_the_prompt_never_changes(name, temperature):
     policy, samples, states = run(name, temperature)
     prompts = some_prompts(name).prompt_ids
@@ -80,7 +86,7 @@ def test_the_mask_token_is_never_written(name, temperature):
     assert (wanted == policy.mask_token_id).all()  # the network itself asks for nothing else
 
 
-@every_sampler
+@every_keeping_sampler
 def test_nfe_counts_forwards_and_every_forward_fixes_something(name):
     policy = make_policy(name)
     calls = count_calls(policy)
@@ -113,7 +119,7 @@ def test_a_block_is_finished_before_the_next_begins(name):
     assert (first.amax(1) < second.amin(1)).all()
 
 
-@every_sampler
+@every_keeping_sampler
 def test_only_masked_positions_of_the_current_block_are_asked_for(name):
     policy = make_policy(name)
     calls = count_calls(policy)
@@ -136,7 +142,7 @@ def test_only_masked_positions_of_the_current_block_are_asked_for(name):
             assert torch.equal(asked, revealed)
 
 
-@every_sampler
+@every_keeping_sampler
 def test_an_attention_mask_is_passed_only_if_a_row_has_pads(name):
     policy = make_policy(name)
     calls = count_calls(policy)
@@ -184,12 +190,12 @@ def test_at_temperature_0_confident_samplers_read_no_noise_and_the_others_only_a
     for name in SAMPLERS:
         _, first, _ = run(name, temperature=0.0)
         other = build(name, 0.0).sample(make_policy(name), some_prompts(name), noise=Noise(seed=99))
-        has_no_noise = name in ("low_confidence", "dream", "block_diffusion")
+        has_no_noise = name in ("low_confidence", "dream", "block_diffusion", "wino")
         assert torch.equal(first.reveal_step, other.reveal_step) == has_no_noise
         assert not has_no_noise or torch.equal(first.completion_ids, other.completion_ids)
 
 
-@every_sampler_and_temperature
+@every_keeping_sampler_and_temperature
 def test_recorded_logps_are_the_untempered_trajectory_likelihood(name, temperature):
     policy, sampler = make_policy(name), build(name, temperature if temperature == 0 else 0.7)
     prompts = prompt_batch(random_prompts(5, seed=2))
@@ -206,7 +212,7 @@ def test_recorded_logps_are_the_untempered_trajectory_likelihood(name, temperatu
     assert torch.allclose(samples.logps, recomputed, rtol=0, atol=1e-12)
 
 
-@every_sampler
+@every_keeping_sampler
 def test_recorded_logps_are_float64_from_float32_logits(name):
     policy = make_policy(name).float()
     calls = count_calls(policy)

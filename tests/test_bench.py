@@ -82,12 +82,16 @@ def test_the_fastest_within_the_margin_is_named_and_caches_that_do_not_help():
     ]
 
 
-def test_caches_are_compared_where_the_model_has_windows_and_the_completion_blocks():
-    names = pareto.settings(16, 16, has_windows=True, has_blocks=False)
+def test_caches_and_shadows_are_compared_where_the_model_has_them():
+    def found(**model):
+        return pareto.settings(16, 16, **dict.fromkeys(["has_windows", "has_shadows", "has_blocks"], False) | model)
+
+    names = found(has_windows=True)
     assert "16 steps, prefix" in names and not any("dual" in name for name in names)
     assert {"8 steps", "4 steps"} <= set(names)
-    assert not any("cache" in fields for fields in pareto.settings(16, 16, False, True).values())
-    assert {"threshold": 0.9, "cache": "dual"} in pareto.settings(16, 16, True, True).values()
+    assert not any("cache" in fields or "type" in fields for fields in found(has_blocks=True).values())
+    assert {"threshold": 0.9, "cache": "dual"} in found(has_windows=True, has_blocks=True).values()
+    assert {"type": "wino", "threshold": 0.6, "verify_threshold": 0.9} in found(has_shadows=True).values()
 
 
 def test_the_command_writes_table_numbers_and_figure(folder, tmp_path, capsys):
@@ -96,6 +100,7 @@ def test_the_command_writes_table_numbers_and_figure(folder, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "fastest within 1 points of 16 steps:" in printed
     tree = json.loads((tmp_path / "out" / "bench.json").read_text())
+    assert {"threshold 0.9, dual", "wino 0.6, 0.9"} <= {row["name"] for row in tree["rows"]}
     assert tree["words"][0] in printed and len(tree["rows"]) == len({row["name"] for row in tree["rows"]}) > 20
     markdown = (tmp_path / "out" / "bench.md").read_text()
     assert all(f"| {row['name']} |" in markdown for row in tree["rows"])

@@ -467,14 +467,13 @@ def test_order_needs_a_sampler_that_keeps_its_tokens(tables, tmp_path, monkeypat
         def needs(self):
             return replace(super().needs, order=True)
 
-    class Remasking(SAMPLERS["roar"]):
-        keeps_tokens = False
-
+    revoking = {"sampler": {"type": "wino", "temperature": 1.0}}
+    revoking["rollout"] = {"type": "groups", "prompts_per_batch": 2, "group_size": 8}
+    train_recipe(tables | revoking, tmp_path)
     monkeypatch.setitem(ALGORITHMS, "learner", Reader)
     train_recipe(tables, tmp_path)
-    monkeypatch.setitem(SAMPLERS, "low_confidence", Remasking)
-    with pytest.raises(ConfigError, match="takes tokens back"):
-        train_recipe(tables | {"sampler": {"type": "low_confidence"}}, tmp_path)
+    with pytest.raises(ConfigError, match=r"sampler.type = 'wino': takes tokens back"):
+        train_recipe(tables | revoking, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -33,18 +33,27 @@ class ToyTransformer(nn.Module):
         self.stop_token_ids: tuple[int, ...] = ()
         self.max_length = max_length
         self.block_size: int | None = None
+        self.lookback: int | None = 0
 
     @property
     def device(self) -> torch.device:
         return self.head.device
 
-    def forward(self, canvas: Tensor, attention_mask: Tensor | None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self,
+        canvas: Tensor,
+        attention_mask: Tensor | None,
+        cache: Cache | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Logits (b, T, V)."""
         seen = torch.ones_like(canvas, dtype=torch.bool) if attention_mask is None else attention_mask
         cache = cache if cache is not None else self.new_cache()
-        place = (seen.cumsum(-1) - 1 + len(cache)).clamp_min(0)
+        place = position_ids
+        if place is None:
+            place = (seen.cumsum(-1) - 1 + len(cache)).clamp_min(0)
         x = self.tokens[canvas] + self.places[place]
-        hidden = ~seen[:, None]  # (b, 1 or T, keys), what a query must not see
+        hidden = ~seen if seen.dim() == 3 else ~seen[:, None]  # (b, 1 or T, keys), what a query must not see
         if self.block_size is not None:
             block = place // self.block_size
             hidden = hidden | (block[:, :, None] < block[:, None, :])
@@ -69,8 +78,10 @@ class ToyTransformer(nn.Module):
         targets: Tensor | None = None,
         want: Sequence[str] = ("logits",),
         cache: Cache | None = None,
+        position_ids: Tensor | None = None,
     ) -> TokenOutput:
-        logits = self(canvas, attention_mask, cache)[positions]
+        options = {} if position_ids is None else {"position_ids": position_ids}
+        logits = self(canvas, attention_mask, cache, **options)[positions]
         return summarise_logits(logits, targets, want, self.mask_token_id)
 
     def new_cache(self) -> Cache:

@@ -183,6 +183,7 @@ class _Listener:
         want: Sequence[str] = ("logits",),
         cache: Any = None,
         reference: Any = None,
+        position_ids: Tensor | None = None,
     ) -> TokenOutput:
         tokens, wanted = canvas.numel(), int(positions.sum())
         seen = canvas.shape[1] if cache is None else cache.seen(canvas.shape[1])

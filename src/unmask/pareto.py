@@ -51,11 +51,14 @@ class Measured:
         return getattr(self.sampler, "cache", "none")
 
 
-def settings(num_steps: int, gen_length: int, has_windows: bool, has_blocks: bool) -> dict[str, dict[str, Any]]:
+def settings(
+    num_steps: int, gen_length: int, *, has_windows: bool, has_shadows: bool, has_blocks: bool
+) -> dict[str, dict[str, Any]]:
     """Names and fields of the settings that are compared; the first is the reference, as the task is evaluated.
 
-    Fewer steps, thresholds, factors and entropy bounds; with caches, the reference and every other threshold. A dual
-    cache is one of its own only where a completion has several blocks.
+    Fewer steps, thresholds, factors and entropy bounds; with caches, the reference and every other threshold; WINO at
+    three pairs of thresholds, the published one first. A dual cache is one of its own only where a completion has
+    several blocks. A field `type` names another sampler than `low_confidence`.
     """
     found: dict[str, dict[str, Any]] = {f"{num_steps} steps": {"num_steps": num_steps}}
     for steps in (num_steps // 2, num_steps // 4):
@@ -68,6 +71,9 @@ def settings(num_steps: int, gen_length: int, has_windows: bool, has_blocks: boo
         for cache in ("prefix", "dual") if has_blocks else ("prefix",):
             found[f"{num_steps} steps, {cache}"] = {"num_steps": num_steps, "cache": cache}
             found |= {f"threshold {x:g}, {cache}": {"threshold": x, "cache": cache} for x in THRESHOLDS[::2]}
+    if has_shadows:
+        for low, high in ((0.6, 0.9), (0.9, 0.99), (0.99, 0.999)):
+            found[f"wino {low:g}, {high:g}"] = {"type": "wino", "threshold": low, "verify_threshold": high}
     return found
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def score_copies(
     if not bool(rollouts.prompt_mask.all()):
         attention_mask = torch.cat([rollouts.prompt_mask[rows], torch.ones_like(completions, dtype=torch.bool)], dim=1)
     want: list[str] = ["logp"]
-    options: dict[str, ReferenceStates] = {}
+    options: dict[str, Any] = {}
     if entropy:
         want.append("entropy")
     if kl_to is not None:

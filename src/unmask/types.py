@@ -311,19 +311,22 @@ class Policy(Protocol):
     def token_outputs(
         self,
         canvas: Tensor,  # (b, T) int64
-        attention_mask: Tensor | None,  # (b, T) bool, False on pads; None: no pads
+        attention_mask: Tensor | None,  # (b, T) bool, False on pads; None: no pads; (b, T, T): who (row) sees whom
         positions: Tensor,  # (b, T) bool, True = wanted; N of them
         *,
         targets: Tensor | None = None,  # (N,) int64
         want: Sequence[str] = ("logits",),  # among "logits", "logp", "entropy", "scalar", "hidden", "pooled", "kl"
         cache: Any = None,
         reference: ReferenceStates | None = None,
+        position_ids: Tensor | None = None,  # (b, T) int64; None: counted from the first that is no pad
     ) -> TokenOutput:
         """One forward of the model; numbers about the wanted positions only. "kl" needs the reference's states there.
 
         With a cache of `new_cache` (block by block models only) the canvas is what follows the positions in the cache,
         without pads, and starts a block; its keys and values are added to the cache. With one of `new_window_cache`
         the canvas and its positions are the window, and the attention mask is of the whole canvas.
+
+        A mask of who sees whom comes with `position_ids`, and where `lookback` is 0 alone.
         """
         ...
 

@@ -80,8 +80,11 @@ def run(args: argparse.Namespace) -> None:
 
 def chosen(task: Named, args: argparse.Namespace, fields: dict[str, Any], **own: Any) -> Sampler:
     """The sampler with the command's lengths and the fields of one setting."""
-    given = {"gen_length": args.gen_length, "block_length": args.block_length, "num_steps": args.num_steps}
-    sampler: Sampler = decoding(task, "low_confidence", **given | own | {"temperature": 0.0} | fields).value
+    name = own.pop("type", "low_confidence")
+    given = {"gen_length": args.gen_length, "block_length": args.block_length}
+    if name == "low_confidence":
+        given["num_steps"] = args.num_steps
+    sampler: Sampler = decoding(task, name, **given | own | {"temperature": 0.0} | fields).value
     return sampler
 
 
@@ -91,7 +94,13 @@ def settings(
     """The samplers by name; those whose steps or blocks do not fit are left out, the reference never."""
     num_blocks: int = reference.num_blocks  # type: ignore[attr-defined]
     steps: int = reference.total_steps  # type: ignore[attr-defined]
-    wanted = pareto.settings(steps, reference.gen_length, policy.lookback is not None, num_blocks > 1)
+    wanted = pareto.settings(
+        steps,
+        reference.gen_length,
+        has_windows=policy.lookback is not None,
+        has_shadows=policy.lookback == 0,
+        has_blocks=num_blocks > 1,
+    )
     samplers: dict[str, Sampler] = {}
     for name, own in wanted.items():
         try:

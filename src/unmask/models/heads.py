@@ -38,7 +38,7 @@ class MaskedLMHead:
     def forward(
         self,
         input_ids: Tensor,  # (b, T) int64
-        attention_mask: Tensor | None = None,  # (b, T), zero or False on pads
+        attention_mask: Tensor | None = None,  # (b, T), zero or False on pads; or (b, T, T), who (row) sees whom
         position_ids: Tensor | None = None,  # (b, T)
         *,
         positions: Tensor | None = None,  # (b, T) bool
@@ -57,6 +57,8 @@ class MaskedLMHead:
         The transformers output holds raw logits (b, T, V), mask token included, and the mean cross-entropy in nats
         over the labelled positions when `labels` is given.
         """
+        if attention_mask is not None and attention_mask.dim() == 3:
+            attention_mask = self._additive(attention_mask)
         is_window = isinstance(past_key_values, WindowCache)
         if position_ids is None and attention_mask is not None and (past_key_values is None or is_window):
             # pads take no position, so a row's numbers do not depend on the amount of padding
@@ -110,6 +112,22 @@ class MaskedLMHead:
     ) -> Any:
         """What the backbone is told of who sees whom; a family that is not fully bidirectional overrides this."""
         return attention_mask
+
+    def _additive(self, seen: Tensor) -> Tensor:
+        """(b, 1, T, T) numbers that are added to the attention's: every implementation with such masks takes these.
+
+        Raises: ModelError for one that has no such masks.
+        """
+        name = self.config._attn_implementation
+        if name not in ("sdpa", "eager"):
+            raise ModelError(
+                f"attention {name!r} cannot leave single positions out, which this sampler needs. Load the model with "
+                "attention 'sdpa', or choose another sampler."
+            )
+        dtype = self.model.embed_tokens.weight.dtype
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[
+            :, None
+        ]
 
     def align(self, hidden: Tensor) -> Tensor:
         """Hidden states (b, T, H) so that number i is about token i; a family with a shift overrides this."""

@@ -141,9 +141,12 @@ class MaskedPolicy:
         want: Sequence[str] = ("logits",),
         cache: DynamicCache | WindowCache | None = None,
         reference: ReferenceStates | None = None,
+        position_ids: Tensor | None = None,
     ) -> TokenOutput:
         """See `Policy.token_outputs`."""
         options: dict[str, Any] = {"targets": targets, "want": want}
+        if position_ids is not None:
+            options["position_ids"] = position_ids
         if reference is not None:
             options["reference"] = reference
         if cache is not None:

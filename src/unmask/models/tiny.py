@@ -160,7 +160,9 @@ class TinyModel(TinyPreTrainedModel):
             first = 0 if cache is None else cache.get_seq_length()
             position_ids = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)[None]
         hidden = self.embed_tokens(input_ids) + self.embed_positions(position_ids)
-        mask = None if attention_mask is None else attention_mask.bool()[:, None, None, :]
+        mask = attention_mask
+        if mask is not None and mask.dim() == 2:
+            mask = mask.bool()[:, None, None, :]
         for layer in self.layers[:-1]:
             hidden = layer(hidden, mask, None, cache)
         hidden = self.layers[-1](hidden, mask, positions, cache)

@@ -34,7 +34,7 @@ def within_factor(confidence: Tensor, factor: float) -> Tensor:
     """
     ranked, order = confidence.sort(dim=1, descending=True, stable=True)
     k = torch.arange(1, confidence.shape[1] + 1, device=confidence.device)
-    passes = ((k + 1) * (1 - ranked) <= factor).int().cumprod(1).bool()
+    passes = (k + 1) * (1 - ranked) <= factor  # both factors grow with k: what fails once fails from there on
     passes[:, 0] = True
     return _scattered(passes, order) & (confidence > -math.inf)
 
