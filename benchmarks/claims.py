@@ -19,7 +19,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,7 @@ class Claim:
 
 ESPO, DGA, EMBR, DMPO = "arXiv:2512.03759", "Diffusion-Gibbs Alignment", "EMBR", "arXiv:2510.08233"
 KL = "espo:kl_coef=0.1"
+UPDATES = "espo:num_iterations="
 BUFFER = "dmpo_wdce:rollout.buffer.num_batches=4:rollout.buffer.collect_every=2"
 CLAIMS = (
     Claim("a sequence-level ratio beats a token-level one", ESPO, "espo", "espo:level=token"),
@@ -88,8 +89,8 @@ CLAIMS = (
     Claim("diffu-GRPO is no better with k2 than with k3", ESPO, "diffu_grpo:kl=k2", "diffu_grpo", is_better=False),
     Claim("M = 2 draws beat M = 1", ESPO, "espo", "espo:num_masks=2"),
     Claim("M = 4 draws beat M = 2", ESPO, "espo:num_masks=8", "espo"),
-    Claim("μ = 16 updates a batch are no better than 8", ESPO, "espo:num_iterations=16", "espo", is_better=False),
-    Claim("μ = 2 updates a batch are no better than 8", ESPO, "espo:num_iterations=2", "espo", is_better=False),
+    Claim("μ = 16 updates a batch are no better than 8", ESPO, f"{UPDATES}16", f"{UPDATES}8", is_better=False),
+    Claim("μ = 2 updates a batch are no better than 8", ESPO, f"{UPDATES}2", f"{UPDATES}8", is_better=False),
     Claim("the ratio has to be divided by L", ESPO, "espo", "espo:ratio_scale=none"),
     Claim("a learned energy beats the raw reward", DGA, "dga", "dga:use_energy=false"),
     Claim("clipping the weights helps", DGA, "dga", "dga:weight_clip=inf"),
@@ -101,6 +102,9 @@ CLAIMS = (
     Claim("WDCE beats WDDO", DMPO, "dmpo_wdce", "dmpo_wddo"),
     Claim("batches of a buffer between new ones help", DMPO, BUFFER, "dmpo_wdce"),
 )
+
+OWN = {"sudoku": {f"{UPDATES}8": "espo"}, "sudoku_twice": {f"{UPDATES}2": "espo"}}
+"""What a task's recipe says anyway, so that the arm goes by the shorter name."""
 
 
 def with_rate(arm: str, rate: float) -> str:
@@ -117,7 +121,7 @@ def tuned(arm: str, task: str) -> str:
 def claim_arms(task: str) -> list[str]:
     """Every arm of a claim; on sudoku not those that `compare` has side by side already."""
     claims = [c for c in CLAIMS if task != "sudoku" or ":" in c.arm + c.other]
-    return list(dict.fromkeys(arm for claim in claims for arm in (claim.arm, claim.other)))
+    return list(dict.fromkeys(OWN[task].get(arm, arm) for claim in claims for arm in (claim.arm, claim.other)))
 
 
 def plan(args: argparse.Namespace) -> list[str]:
@@ -139,7 +143,8 @@ def plan(args: argparse.Namespace) -> list[str]:
 class Table:
     """A table.json of `unmask compare`: {arm's label: {column: {seed: value}}}."""
 
-    columns: Mapping[str, Mapping[str, Mapping[int, float]]]
+    columns: dict[str, dict[str, dict[int, float]]]
+    task: str
     budget: int
     accuracy: str
 
@@ -152,10 +157,12 @@ class Table:
             for seed, run in arm["runs"].items():
                 for key, value in run["values"].items():
                     of_arm.setdefault(key, {})[int(seed)] = value
-        return cls(columns, tree["budget"], tree["accuracies"][0])
+        task = next((name for name, file in TASKS.items() if file.name == Path(tree["recipe"]).name), "")
+        return cls(columns, task, tree["budget"], tree["accuracies"][0])
 
     def values(self, arm: str, column: str) -> Mapping[int, float]:
         """By seed, of the arm at whatever learning rate; empty if it is not there."""
+        arm = OWN.get(self.task, {}).get(arm, arm)
         found = (columns for label, columns in self.columns.items() if label.split(RATE)[0] == arm)
         return next(found, {}).get(column, {})
 
@@ -164,8 +171,20 @@ class Table:
         return paired_difference(self.values(claim.arm, column), self.values(claim.other, column))
 
 
+def pooled(tables: Sequence[Table]) -> list[Table]:
+    """Tables of one task and budget as one: a comparison that was begun with other seeds or arms goes on in it."""
+    found: dict[tuple[str, int, str], Table] = {}
+    for table in tables:
+        first = found.setdefault((table.task, table.budget, table.accuracy), replace(table, columns={}))
+        for label, columns in table.columns.items():
+            for key, values in columns.items():
+                first.columns.setdefault(label, {}).setdefault(key, {}).update(values)
+    return list(found.values())
+
+
 def judge(tables: Sequence[Table]) -> str:
-    """The claims as Markdown, each by the first table that has both of its arms."""
+    """The claims as Markdown, each by the first task and budget that has both of its arms."""
+    tables = pooled(tables)
     lines = [
         "| claim | source | arms | accuracy, points | reward deviation | ESS | rollouts × seeds | verdict |",
         "|---|---|---|---|---|---|---|---|",

@@ -7,6 +7,7 @@ import itertools
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -241,7 +242,7 @@ def test_extrapolation_is_by_the_steps_measured(benchmark):
 def table_of(script, columns, **settings):
     """A comparison's table with accuracies by seed."""
     accuracy = {label: {"accuracy@16": dict(enumerate(values))} for label, values in columns.items()}
-    return script.Table(accuracy, budget=64, accuracy="accuracy@16", **settings)
+    return script.Table(accuracy, **{"task": "sudoku", "budget": 64, "accuracy": "accuracy@16"} | settings)
 
 
 def test_a_claim_is_judged_by_the_paired_interval(benchmark):
@@ -285,7 +286,8 @@ def test_the_claims_are_read_from_a_table_on_disk(benchmark, tmp_path, capsys):
     script = benchmark("claims")
     runs = {arm: {"0": {"values": {"accuracy@16": 0.5 + rise}}, "1": {"values": {"accuracy@16": 0.6 + 1.1 * rise}}}
             for arm, rise in (("embr_u:optimizer.lr=1", 0.2), ("embr_c:optimizer.lr=3", 0.0))}  # fmt: skip
-    tree = {"budget": 4096, "accuracies": ["accuracy@16"], "arms": [{"label": a, "runs": r} for a, r in runs.items()]}
+    tree = {"recipe": "recipes/sudoku.toml", "budget": 4096, "accuracies": ["accuracy@16"]}
+    tree |= {"arms": [{"label": a, "runs": r} for a, r in runs.items()]}
     (tmp_path / "table.json").write_text(json.dumps(tree))
     assert script.main(["judge", str(tmp_path)]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
@@ -295,6 +297,18 @@ def test_the_claims_are_read_from_a_table_on_disk(benchmark, tmp_path, capsys):
     rows = script.rates([table_of(script, search), table_of(script, more)]).splitlines()
     assert rows[0] == "| algorithm | 1e-04 | 3e-04 | 1e-03 | 3e-03 |"
     assert rows[2:] == ["| `a` | - | 25.0 | **50.0** | 50.0 |", "| `b` | **75.0** | - | - | - |"]
+
+
+def test_seeds_and_arms_of_one_task_and_budget_are_judged_together(benchmark):
+    script = benchmark("claims")
+    some = table_of(script, {"espo": [0.1], "espo:num_iterations=16": [0.2]})
+    arms = {"espo": {"accuracy@16": {1: 0.3}}, "espo:num_iterations=16": {"accuracy@16": {1: 0.5}}}
+    more = replace(some, columns=arms)
+    other = replace(some, task="sudoku_twice", columns={"espo:num_iterations=8": {"accuracy@16": {0: 0.3, 1: 0.3}}})
+    rows = script.judge([some, more, other]).splitlines()[2:]
+    assert len(rows) == 1 and "| +15.0 (" in rows[0] and "| 64 × 2 |" in rows[0]  # 8 is what the recipe has
+    assert [table.task for table in script.pooled([some, more, other])] == ["sudoku", "sudoku_twice"]
+    assert "espo" in script.claim_arms("sudoku") and "espo:num_iterations=8" in script.claim_arms("sudoku_twice")
 
 
 def test_preference_noise_falls_with_shared_masks_and_with_more_of_them(benchmark):

@@ -17,9 +17,8 @@ from unmask.samplers.plan import check_lengths
 from unmask.samplers.reveal import ranks
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
 
-_FEWEST, _MOST, _BEFORE_FIRST = 5, 20, 30
-"""The published limits: a step may fix 7 of 10 open positions, though always 5 and never more than 20; the first step
-of a block counts as if 30 had been fixed before it."""
+_FEWEST, _MOST = 5, 20
+"""The published limits: a step may fix 7 of 10 open positions, though always 5 and never more than 20."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,7 @@ class Wino:
         """All steps of a block."""
         in_block = torch.zeros_like(canvas.logps, dtype=torch.bool)
         in_block[:, block] = True
-        num_before = torch.full_like(canvas.nfe, _BEFORE_FIRST)  # (B, 1), tokens that the last step fixed
+        num_before = torch.zeros_like(canvas.nfe)  # (B, 1), tokens that the last step fixed
         while (is_open := in_block & (canvas.reveal_step < 0)).any():
             takes_part = is_open.any(1, keepdim=True)
             is_fixed = in_block & ~is_open & takes_part
