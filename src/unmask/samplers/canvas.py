@@ -44,18 +44,6 @@ class Canvas:
         """P, tokens."""
         return self.ids.shape[1] - self.logps.shape[1]
 
-    def still_open(
-        self,
-        slots: Tensor,  # (B, k) int64, ascending in every row
-        num_fixed: int,
-    ) -> Tensor:  # (B, k - num_fixed) int64, ascending
-        """The slots without a token, where every row has fixed equally many of them."""
-        if not num_fixed:
-            return slots
-        is_fixed = self.reveal_step.gather(1, slots) >= 0
-        open_first = is_fixed.int().argsort(dim=1, stable=True)
-        return slots.gather(1, open_first[:, : slots.shape[1] - num_fixed])
-
     def logits(
         self,
         policy: Policy,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from unmask.errors import ConfigError
 from unmask.samplers.canvas import Canvas, Start, open_canvas
 from unmask.samplers.draw import draw_tokens, token_logps
 from unmask.samplers.plan import check_lengths, check_steps, time_grid_counts, time_grid_shares
-from unmask.samplers.surest import fix_surest
+from unmask.samplers.reveal import fix_candidates, surest
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
 
 ALGS = ("origin", "maskgit_plus", "topk_margin", "entropy")
@@ -92,56 +93,57 @@ class Dream:
         every step."""
         canvas = open_canvas(policy, prompts, self.gen_length, on_step, start)
         first = canvas.first_step
-        slots = torch.arange(self.gen_length, device=canvas.ids.device).expand(len(prompts), -1)
+        is_open = canvas.reveal_step < 0
         if self.alg == "origin":
-            is_open = canvas.reveal_step < 0
             for share in time_grid_shares(self.total_steps).tolist()[first:]:
-                is_open = self._fix_independently(policy, canvas, slots, is_open, share, noise)
+                is_open = self._fix_independently(policy, canvas, is_open, share, noise)
         else:
-            counts = time_grid_counts(self.gen_length, self.total_steps)
-            slots = canvas.still_open(slots, sum(counts[:first]))
-            for count in counts[first:]:
-                slots = self._fix_surest(policy, canvas, slots, count, noise)
+            for count in time_grid_counts(self.gen_length, self.total_steps)[first:]:
+                is_open = self._fix_surest(policy, canvas, is_open, count, noise)
         return canvas.samples()
 
     def _fix_surest(
         self,
         policy: Policy,
         canvas: Canvas,
-        open_slots: Tensor,  # (B, r) int64, ascending
+        is_open: Tensor,  # (B, L) bool, N of them
         count: int,
         noise: NoiseLike,
-    ) -> Tensor:  # (B, r - count) int64
-        """One step of the rules with a confidence. Returns the slots still open."""
-        logits = canvas.logits(policy, open_slots)  # (B·r, V)
-        uniforms = None
-        if self.temperature > 0:
-            uniforms = canvas.uniforms(noise.stream("token"), canvas.nfe, open_slots).flatten()
-        tokens, confidence = self._candidates(logits, uniforms)
+    ) -> Tensor:  # (B, L) bool
+        """One step of the rules with a confidence. Returns which slots are still open."""
+        logits = canvas.logits_where(policy, is_open)  # (N, V)
+        tokens, confidence = self._candidates(logits, self._uniforms(canvas, is_open, noise))
         if self.alg_temp > 0:
             # the largest of score plus Gumbel noise are draws without replacement from softmax(score)
-            chance = canvas.uniforms(noise.stream("position"), canvas.nfe, open_slots).flatten()
+            chance = canvas.uniforms(noise.stream("position"), canvas.nfe, _slots(is_open))[is_open]
             confidence = confidence.double() / self.alg_temp - (-chance.log()).log()
-        return fix_surest(canvas, open_slots, logits, tokens, confidence, count)
+        return fix_candidates(canvas, is_open, logits, tokens, confidence, partial(surest, count=count))
 
     def _fix_independently(
         self,
         policy: Policy,
         canvas: Canvas,
-        slots: Tensor,  # (B, L) int64
         is_open: Tensor,  # (B, L) bool
         share: float,
         noise: NoiseLike,
     ) -> Tensor:  # (B, L) bool
         """One step of "origin": every open slot with probability `share`. Returns which are still open."""
-        chosen = is_open & (canvas.uniforms(noise.stream("position"), canvas.nfe, slots) < share)
+        chosen = is_open & (canvas.uniforms(noise.stream("position"), canvas.nfe, _slots(is_open)) < share)
         logits = canvas.logits_where(policy, chosen)  # (n, V)
-        uniforms = None
-        if self.temperature > 0:
-            uniforms = canvas.uniforms(noise.stream("token"), canvas.nfe, slots)[chosen]
-        tokens, _ = self._candidates(logits, uniforms)
+        tokens, _ = self._candidates(logits, self._uniforms(canvas, chosen, noise))
         canvas.write_where(chosen, tokens, token_logps(logits, tokens, torch.float64))
         return is_open & ~chosen
+
+    def _uniforms(
+        self,
+        canvas: Canvas,
+        where: Tensor,  # (B, L) bool, N of them
+        noise: NoiseLike,
+    ) -> Tensor | None:  # (N,)
+        """For the draws of tokens there; None at temperature 0."""
+        if self.temperature == 0:
+            return None
+        return canvas.uniforms(noise.stream("token"), canvas.nfe, _slots(where))[where]
 
     def _candidates(
         self,
@@ -160,6 +162,11 @@ class Dream:
             if self.alg != "origin":
                 confidence[part] = _confidence(kept.softmax(-1), drawn, self.alg)
         return tokens, confidence
+
+
+def _slots(like: Tensor) -> Tensor:
+    """(1, L)"""
+    return torch.arange(like.shape[1], device=like.device)[None]
 
 
 def cut(

@@ -88,14 +88,34 @@ def fix(
         uniforms = canvas.uniforms(noise, canvas.nfe, slots)[is_open]
     tokens = draw_tokens(logits, temperature, uniforms)  # (N,)
     sureness = negative_entropies(logits) if by_entropy else token_probabilities(logits, tokens)  # (N,)
-    # what is not finite is found when the rows are finished; here it must not keep a row from going on
-    sureness = sureness.nan_to_num(nan=0.0)
-    confidence = sureness.new_full(is_open.shape, -math.inf).masked_scatter_(is_open, sureness)
-    chosen = is_open & rule(confidence)
+    return fix_candidates(canvas, is_open, logits, tokens, sureness, rule)
+
+
+def fix_candidates(
+    canvas: Canvas,
+    is_open: Tensor,  # (B, L) bool, N of them
+    logits: Tensor,  # (N, V)
+    tokens: Tensor,  # (N,) int64
+    sureness: Tensor,  # (N,)
+    rule: Rule,
+) -> Tensor:  # (B, L) bool
+    """Write those of the candidates that the rule names, and end the step. Returns which slots are still open.
+
+    Recorded are the untempered log-probabilities.
+    """
+    chosen = is_open & rule(spread(sureness, is_open))
     fixed = chosen[is_open]  # (N,)
     logps = token_logps(logits[fixed], tokens[fixed], torch.float64)
     canvas.write_where(chosen, tokens[fixed], logps, took_part=is_open.any(1, keepdim=True))
     return is_open & ~chosen
+
+
+def spread(
+    numbers: Tensor,  # (N,)
+    where: Tensor,  # (B, L) bool, N of them
+) -> Tensor:  # (B, L)
+    """-inf elsewhere. What is not finite is found when the rows are finished; it must not keep a row from going on."""
+    return numbers.new_full(where.shape, -math.inf).masked_scatter_(where, numbers.nan_to_num(nan=0.0))
 
 
 def _scattered(passes: Tensor, order: Tensor) -> Tensor:

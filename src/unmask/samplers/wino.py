@@ -14,7 +14,7 @@ from unmask.errors import ConfigError
 from unmask.samplers.canvas import Canvas, end_rows, open_canvas
 from unmask.samplers.draw import draw_tokens, token_logps, token_probabilities
 from unmask.samplers.plan import check_lengths
-from unmask.samplers.reveal import ranks
+from unmask.samplers.reveal import ranks, spread
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
 
 _FEWEST, _MOST = 5, 20
@@ -110,9 +110,9 @@ class Wino:
                 slots = torch.arange(is_open.shape[1], device=is_open.device)[None]  # (1, L)
                 uniforms = canvas.uniforms(noise, canvas.nfe, slots)[is_open]
             tokens = draw_tokens(logits, self.temperature, uniforms)  # (N,)
-            chosen = is_open & self._accepted(_spread(token_probabilities(logits, tokens), is_open))
+            chosen = is_open & self._accepted(spread(token_probabilities(logits, tokens), is_open))
             completion = canvas.ids[:, canvas.prompt_length :]
-            held = _spread(token_probabilities(shadow_logits, completion[is_fixed]), is_fixed)  # (B, L)
+            held = spread(token_probabilities(shadow_logits, completion[is_fixed]), is_fixed)  # (B, L)
             num_fixed = chosen.sum(1, keepdim=True)
             _revoke(policy, canvas, self._doubted(held, is_fixed, num_before) & (num_fixed > 1))
             written = chosen[is_open]  # (N,)
@@ -180,14 +180,6 @@ def _who_sees_whom(
     seen[:, width:, width:] = True
     seen[:, width:, block] &= ~torch.eye(length, dtype=torch.bool, device=real.device)
     return seen
-
-
-def _spread(
-    numbers: Tensor,  # (N,)
-    where: Tensor,  # (B, L) bool, N of them
-) -> Tensor:  # (B, L)
-    """-inf elsewhere. What is not finite is found when the rows are finished; it must not keep a row from going on."""
-    return numbers.new_full(where.shape, -math.inf).masked_scatter_(where, numbers.nan_to_num(nan=0.0))
 
 
 def _revoke(policy: Policy, canvas: Canvas, doubted: Tensor) -> None:
