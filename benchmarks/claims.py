@@ -157,13 +157,14 @@ class Table:
             for seed, run in arm["runs"].items():
                 for key, value in run["values"].items():
                     of_arm.setdefault(key, {})[int(seed)] = value
-        task = next((name for name, file in TASKS.items() if file.name == Path(tree["recipe"]).name), "")
+        recipe = Path(tree["recipe"])
+        task = next((name for name, file in TASKS.items() if file.name == recipe.name), str(recipe))
         return cls(columns, task, tree["budget"], tree["accuracies"][0])
 
     def values(self, arm: str, column: str) -> Mapping[int, float]:
         """By seed, of the arm at whatever learning rate; empty if it is not there."""
         arm = OWN.get(self.task, {}).get(arm, arm)
-        found = (columns for label, columns in self.columns.items() if label.split(RATE)[0] == arm)
+        found = (columns for label, columns in self.columns.items() if arm_of(label) == arm)
         return next(found, {}).get(column, {})
 
     def difference(self, claim: Claim, column: str) -> Interval | None:
@@ -172,14 +173,28 @@ class Table:
 
 
 def pooled(tables: Sequence[Table]) -> list[Table]:
-    """Tables of one task and budget as one: a comparison that was begun with other seeds or arms goes on in it."""
+    """Tables of one task and budget as one: a comparison that was begun with other seeds or arms goes on in it.
+
+    Raises: SystemExit for a seed of an arm that is there twice, and for an arm at two learning rates.
+    """
     found: dict[tuple[str, int, str], Table] = {}
     for table in tables:
         first = found.setdefault((table.task, table.budget, table.accuracy), replace(table, columns={}))
         for label, columns in table.columns.items():
+            seeds = columns.get(table.accuracy, {}).keys()
+            if twice := first.columns.get(label, {}).get(table.accuracy, {}).keys() & seeds:
+                raise SystemExit(f"{label}: seed {min(twice)} is in two of the directories. Leave one of them out.")
+            other = next((own for own in first.columns if own != label and arm_of(own) == arm_of(label)), None)
+            if other:
+                raise SystemExit(f"{label} and {other}: one arm at two rates. Judge their directories one by one.")
             for key, values in columns.items():
                 first.columns.setdefault(label, {}).setdefault(key, {}).update(values)
     return list(found.values())
+
+
+def arm_of(label: str) -> str:
+    """Without its learning rate."""
+    return label.split(RATE)[0]
 
 
 def judge(tables: Sequence[Table]) -> str:

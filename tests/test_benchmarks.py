@@ -308,6 +308,11 @@ def test_seeds_and_arms_of_one_task_and_budget_are_judged_together(benchmark):
     rows = script.judge([some, more, other]).splitlines()[2:]
     assert len(rows) == 1 and "| +15.0 (" in rows[0] and "| 64 × 2 |" in rows[0]  # 8 is what the recipe has
     assert [table.task for table in script.pooled([some, more, other])] == ["sudoku", "sudoku_twice"]
+    with pytest.raises(SystemExit, match="espo: seed 1 is in two of the directories"):
+        script.judge([some, more, more])
+    rates = [table_of(script, {f"espo:optimizer.lr={rate}": [0.1]}) for rate in (1, 2)]
+    with pytest.raises(SystemExit, match=r"optimizer.lr=2 and espo:optimizer.lr=1: one arm at two rates"):
+        script.judge(rates)
     assert "espo" in script.claim_arms("sudoku") and "espo:num_iterations=8" in script.claim_arms("sudoku_twice")
 
 

@@ -141,5 +141,7 @@ def test_a_preset_in_the_command(models, tmp_path, capsys):
     assert [(row["gen_length"], row["num_steps"], row["block_length"]) for row in rows] == [(16, 8, 16), (20, 10, 20)]
     assert main([*command, "d1", "prompt=raw", "--gen-length", "16", "--sampler", "dream", *output]) == 0  # no blocks
     assert [row["num_steps"] for row in json.loads((tmp_path / "rows.json").read_text())] == [8]
+    assert main([*command, "d1", "prompt=raw", "--gen-length", "16", "--sampler", "wino", *output]) == 0  # no steps
+    assert [row["block_length"] for row in json.loads((tmp_path / "rows.json").read_text())] == [16]
     assert main([*command, "d2"]) == 2
     assert "--preset d2: unknown. Use one of: d1, espo, dmpo, dga." in capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,9 @@ from tests.helpers import tiny_policy
 from tests.reference_samplers import reference_wino
 from tests.test_all_samplers import assert_same_tokens, count_calls
 from tests.toys_network import ToyTransformer, prompt_batch, random_prompts
+from unmask.build import train_recipe
+from unmask.config import read_recipe
+from unmask.counting import evaluation_passes
 from unmask.errors import ConfigError, ModelError
 from unmask.models import load
 from unmask.noise import Noise
@@ -20,6 +24,7 @@ from unmask.samplers import LowConfidence, Wino
 from unmask.types import take_rows
 
 NOISE = Noise(seed=3).stream("rollout")
+RECIPES = Path(__file__).parents[1] / "recipes"
 LENGTH, BLOCK = 24, 12
 RULES = {"threshold": 0.25, "verify_threshold": 0.4}
 """Untrained models are sure of little."""
@@ -184,9 +189,22 @@ def test_families_without_shadows_are_refused_with_the_way_out(tmp_path):
     with pytest.raises(ConfigError, match=r"^sampler.type = 'wino': .* 'low_confidence' with a threshold"):
         Wino(8).sample(policy, prompt_batch([[3]]), noise=NOISE)
     policy = tiny_policy(seed=0)
+    with pytest.raises(ValueError, match="pass position_ids with it"):
+        policy.token_outputs(torch.ones(1, 2).long(), torch.ones(1, 2, 2).bool(), torch.ones(1, 2).bool())
     policy.module.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ModelError, match="attention 'flash_attention_2' cannot leave single positions out"):
         Wino(8).sample(policy, prompt_batch([[3]]), noise=NOISE)
+
+
+def test_a_recipe_that_evaluates_with_it_names_no_steps():
+    tree = read_recipe(RECIPES / "sudoku.toml")
+    tree["evaluation"]["sampler"] = {"type": "wino"}
+    with pytest.raises(ConfigError, match=r"^evaluation.final_num_steps: sampler 'wino' has no num_steps. Set it to"):
+        train_recipe(tree, RECIPES)
+    tree["evaluation"]["final_num_steps"] = []
+    recipe = train_recipe(tree, RECIPES)
+    *_, final = evaluation_passes(recipe, 8, 8)
+    assert recipe.final_samplers == [recipe.evaluation_sampler.value] and final.sequences
 
 
 @pytest.mark.parametrize("fields", [{"threshold": 1.5}, {"verify_threshold": -0.1}])

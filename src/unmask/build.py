@@ -150,6 +150,13 @@ class Recipe:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     @property
+    def final_samplers(self) -> list[Any]:
+        """Of the final rows: the evaluation's sampler at each of `final_num_steps`, or as it is."""
+        assert self.evaluation_sampler
+        sampler = self.evaluation_sampler.value
+        return [replace(sampler, num_steps=n) for n in self.evaluation.final_num_steps] or [sampler]
+
+    @property
     def is_supervised(self) -> bool:
         """Trained on demonstrations, without rewards and without a reference."""
         return isinstance(self.data, DataConfig)
@@ -462,7 +469,10 @@ def _evaluation(tables: Mapping[str, Any], task: Named, gen_length: int) -> dict
     sampler = table.pop("sampler", {"type": "low_confidence"})
     if isinstance(sampler, Mapping) and "gen_length" not in sampler:
         sampler = {**sampler, "gen_length": gen_length}
-    return {
-        "evaluation": parse(EvaluationConfig, table, "evaluation"),
-        "evaluation_sampler": make_sampler(sampler, task, "evaluation.sampler"),
-    }
+    config, made = parse(EvaluationConfig, table, "evaluation"), make_sampler(sampler, task, "evaluation.sampler")
+    if config.final_num_steps and not hasattr(made.value, "num_steps"):
+        raise ConfigError(
+            f"evaluation.final_num_steps: sampler {made.name!r} has no num_steps. Set it to [], or evaluate with "
+            "'low_confidence'."
+        )
+    return {"evaluation": config, "evaluation_sampler": made}

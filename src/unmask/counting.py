@@ -108,8 +108,8 @@ def evaluation_passes(
     every, batches = recipe.trainer.eval_every, recipe.trainer.num_batches
     times = -(-batches // every) if every else 0  # every so many batches, and after the last
     yield sampling("evaluation", "evaluate", sampler, num_held_out, size, times, block_size)
-    samplers = [replace(sampler, num_steps=n) for n in recipe.evaluation.final_num_steps] or [sampler]
-    rounds = [sampling("", "", s, num_final, size, 1 if recipe.is_supervised else 2, block_size) for s in samplers]
+    number = 1 if recipe.is_supervised else 2
+    rounds = [sampling("", "", s, num_final, size, number, block_size) for s in recipe.final_samplers]
     forwards, sequences = sum(r.forwards for r in rounds), sum(r.sequences for r in rounds)
     yield Passes("final rows" if recipe.is_supervised else "base and final", "evaluate", forwards, sequences)
 

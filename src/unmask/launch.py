@@ -7,7 +7,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,15 +235,7 @@ class Evaluator:
         self.noise = Noise(recipe.seed).stream("evaluation")
         self.held_out = self.task.value.examples(self.config.split)[: self.config.num_examples]
         self.final = self.task.value.examples(self.config.final_split)
-        self.final_samplers = [self.sampler.value]
-        if self.config.final_num_steps:
-            if not hasattr(self.sampler.value, "num_steps"):
-                raise ConfigError(
-                    f"evaluation.final_num_steps: sampler {self.sampler.name!r} has no num_steps. "
-                    "Leave the key out, or evaluate with 'low_confidence'."
-                )
-            self.final_samplers = [replace(self.sampler.value, num_steps=n) for n in self.config.final_num_steps]
-
+        self.final_samplers = recipe.final_samplers
         metric = recipe.trainer.stop.metric
         facts = self.task.value.score(self.held_out[0], "").facts if self.held_out else {}
         known = sorted({"accuracy", "reward", "parse_failures", *facts})

@@ -171,10 +171,9 @@ def pace(args: argparse.Namespace, length: int | None) -> dict[str, int | None]:
     if not args.preset or length is None:
         return given
     protocol = PROTOCOLS[args.preset]
-    own: dict[str, int | None] = {"num_steps": protocol.num_steps(args.task, length)}
-    if "block_length" in getattr(SAMPLERS.get(args.sampler), "__dataclass_fields__", {}):  # Dream's has no blocks
-        own["block_length"] = min(protocol.block_length, length)
-    return {key: own.get(key) if value is None else value for key, value in given.items()}
+    own = {"num_steps": protocol.num_steps(args.task, length), "block_length": min(protocol.block_length, length)}
+    known = getattr(SAMPLERS.get(args.sampler), "__dataclass_fields__", {})  # Dream's has no blocks, WINO no steps
+    return {key: own[key] if value is None and key in known else value for key, value in given.items()}
 
 
 def facts(row: Mapping[str, Any]) -> list[str]:

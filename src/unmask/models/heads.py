@@ -58,6 +58,8 @@ class MaskedLMHead:
         over the labelled positions when `labels` is given.
         """
         if attention_mask is not None and attention_mask.dim() == 3:
+            if position_ids is None:
+                raise ValueError("a mask of who sees whom does not tell pads from others; pass position_ids with it")
             attention_mask = self._additive(attention_mask)
         is_window = isinstance(past_key_values, WindowCache)
         if position_ids is None and attention_mask is not None and (past_key_values is None or is_window):
