@@ -258,6 +258,20 @@ def test_the_line_that_evaluates_is_accepted():
                 assert sampler == built(file)[0].evaluation_sampler, file
 
 
+def test_the_line_for_mbpp_asks_with_the_published_examples():
+    for file in FULL_SIZE:
+        line, _, words = labelled(file, "Evaluate").partition(" MBPP: ")
+        assert bool(words) == ("3 for MBPP" in labelled(file, "Shots")), file
+        if not words:
+            continue
+        parser = argparse.ArgumentParser()
+        eval_command.add_arguments(parser)
+        args = parser.parse_intermixed_args([*line.split()[2:], *words.split()])
+        options = task_options(args.preset, args.task) if args.preset else {}
+        task = evaluation_task(args.task, args.data, args.split, apply_overrides(options, args.options)).value
+        assert (task.prompt, task.num_shots, task.data) == ("mbpp", 3, "google-research-datasets/mbpp"), file
+
+
 def row(file: Path) -> str:
     """A line of the table of recipes."""
     model, task, algorithm = cell(file)
