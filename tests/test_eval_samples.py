@@ -142,4 +142,4 @@ def test_a_preset_in_the_command(models, tmp_path, capsys):
     assert main([*command, "d1", "prompt=raw", "--gen-length", "16", "--sampler", "dream", *output]) == 0  # no blocks
     assert [row["num_steps"] for row in json.loads((tmp_path / "rows.json").read_text())] == [8]
     assert main([*command, "d2"]) == 2
-    assert "--preset d2: unknown. Use one of: d1, espo, dmpo, dga." in capsys.readouterr().err
+    assert "--preset d2: unknown. Use one of: d1, espo, spg, dmpo, dga." in capsys.readouterr().err

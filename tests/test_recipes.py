@@ -63,7 +63,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spg gsm8k": {"algorithm.gamma": 1.5, "updates": 6000},
     "spg math": {"algorithm.gamma": 1.5, "updates": 4000},
     "spg countdown": {"algorithm.gamma": 1.5, "updates": 6000},
-    "spg sudoku": {"algorithm.gamma": 1.0, "sampler.temperature": 0.3, "updates": 2500},
+    "spg sudoku": {"algorithm.gamma": 1.0, "sampler.temperature": 0.3, "updates": 2500, "task.prompt": "spg"},
     "gdpo": {"algorithm.num_nodes": 3, "optimizer.lr": 1e-6},
     "dga": {"model.lora.rank": 128, "sampler.num_steps": 128, "rollout.group_size": 8},
     "dga gsm8k": {"updates": 27_000},
