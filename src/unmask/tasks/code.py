@@ -15,6 +15,7 @@ from unmask.sandbox.literal import tree
 from unmask.sandbox.pool import LocalSandbox
 from unmask.sandbox.verdicts import Limits, Program, Sandbox, Verdict
 from unmask.tasks import mbpp_prompt
+from unmask.tasks.acecoder import hard_rows
 from unmask.tasks.common import held_out, require_at_least, require_choices
 from unmask.tasks.evalplus import evalplus, mended
 from unmask.tasks.prompts import Messages, PromptStyle, with_opening
@@ -47,6 +48,9 @@ class Code(QuestionTask):
     """"solved": 1 if all tests pass, else 0. "tests": the share that passes. "espo": share + format. "coupled_grpo":
     2 · share + format / 2. Format: 1 for exactly one block at the end that parses, 0.5 if it does not parse, else 0;
     where format counts, tests count only if it is 1."""
+    difficulty: str = "all"
+    """Training rows. "hard": of AceCoder's those that DiffuCoder and ESPO train on, by the pass rates recorded with
+    them; it is made of all rows, so name the whole set. "all": no choice."""
     cpu_seconds: float = 2.0
     """CPU time of one program over all its tests. Some references need more (docs/tasks.md)."""
     memory_mib: int = 512
@@ -65,7 +69,7 @@ class Code(QuestionTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choices(self, reward=REWARDS)
+        require_choices(self, reward=REWARDS, difficulty=("all", "hard"))
         require_at_least(self, cpu_seconds=0.1, memory_mib=64, num_workers=1)
         if self._is_mbpp and self.num_shots > mbpp_prompt.MAX_SHOTS:
             raise ConfigError(
@@ -91,6 +95,11 @@ class Code(QuestionTask):
         if "entry_point" in row:
             return humaneval(row)
         return acecoder(row) if "test_cases" in row else mbpp(row)
+
+    def raw_rows(self, source: str, split: str, key: str) -> Sequence[tuple[str, Any]]:
+        """As they are stored, or the hard ones."""
+        rows = super().raw_rows(source, split, key)
+        return hard_rows(rows) if split == "train" and self.difficulty == "hard" else rows
 
     def question(self, columns: Mapping[str, Any]) -> str:
         """What the prompt asks of a row."""

@@ -89,12 +89,16 @@ class QuestionTask(LeavesLengthToSampler):
     def _read(self, source: str, split: str, key: str = "") -> Sequence[dict[str, Any]]:
         key = key or ("task.data" if split == "test" else "task.train_data")
         rows = []
-        for where, row in cached_rows(source, split, key):
+        for where, row in self.raw_rows(source, split, key):
             try:
                 rows.append(self.read_row(row))
             except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
                 raise DataError(f"{where}: is no row of {self.name} ({one_line(error)}). {self.expected}") from error
         return rows
+
+    def raw_rows(self, source: str, split: str, key: str) -> Sequence[tuple[str, Any]]:
+        """(place, row) as they are stored. `key` is what the user calls the source."""
+        return cached_rows(source, split, key)
 
     def _shots(self) -> Messages:
         if not self.num_shots:
