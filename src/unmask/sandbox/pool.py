@@ -30,11 +30,11 @@ from unmask.sandbox.verdicts import Limits, Program, Verdict, classify
 SUPERVISOR = Path(__file__).parent / "inside" / "supervisor.py"
 LIGHT = [
     "collections", "heapq", "bisect", "itertools", "functools", "operator", "math", "cmath", "re", "string", "decimal",
-    "fractions", "typing", "copy", "json", "abc", "array", "time",
+    "fractions", "typing", "copy", "json", "abc", "array", "time", "datetime",
 ]  # fmt: skip
 """Loaded by every worker."""
 HEAVY = [
-    "random", "datetime", "statistics", "dataclasses", "enum", "hashlib", "calendar", "textwrap", "uuid", "zlib",
+    "random", "statistics", "dataclasses", "enum", "hashlib", "calendar", "textwrap", "uuid", "zlib",
     "base64", "asyncio", "threading", "queue", "contextlib", "traceback", "difflib", "unittest",
 ]  # fmt: skip
 """Loaded, as packages are, by workers for programs that import one of them: memory is what a fork costs."""
@@ -86,6 +86,7 @@ class Worker:
                 "names": list(program.names),
                 "setup": program.setup,
                 "helpers": program.helpers,
+                "copies_back": program.copies_back,
             }
         )
         file, (reader, writer) = os.memfd_create("tests"), os.pipe()

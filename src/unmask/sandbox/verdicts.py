@@ -39,6 +39,8 @@ class Program:
     helpers: str = ""
     """Trusted, run before that; the program's `names` hide names of the helpers."""
     limits: Limits = field(default_factory=Limits)
+    copies_back: bool = False
+    """What a call does to its arguments is done to the tests' lists, dictionaries, sets, deques and byte arrays too."""
 
 
 @dataclass(frozen=True)

@@ -57,6 +57,9 @@ class Code(QuestionTask):
     """Address space of one program."""
     num_workers: int = 1
     """Programs that run at a time."""
+    copies_back: bool = False
+    """Tests see what a call does to its arguments, as AceCoder's runner does. A program that empties a list then passes
+    f(x) == sorted(x)."""
 
     name: ClassVar[str] = "code"
     expected: ClassVar[str] = "Give rows of HumanEval, MBPP (plain, or EvalPlus's in either format), or AceCoder."
@@ -179,6 +182,7 @@ class Code(QuestionTask):
             setup=columns["setup"],
             helpers=columns["helpers"],
             limits=limits,
+            copies_back=self.copies_back,
         )
 
     def program_text(self, example: Example, completion: str) -> str | None:
