@@ -17,6 +17,7 @@ from unmask.api import decoding, evaluation_task
 from unmask.build import Recipe, sft_recipe, train_recipe
 from unmask.cli import eval_command
 from unmask.config import apply_overrides, read_recipe
+from unmask.errors import ConfigError
 from unmask.objectives import ALGORITHMS
 from unmask.protocols import LENGTHS, task_options
 
@@ -240,6 +241,19 @@ def test_full_size_recipes_keep_the_published_decoding():
             assert sampler.gen_length == length, file
         assert (recipe.model.lora is None) == (task == "code" and algorithm in ("espo", "coupled_grpo")), file
         assert recipe.model.dtype == ("auto" if recipe.model.lora is None else "bfloat16"), file
+
+
+def test_dmpo_recipes_name_the_other_published_sampler_and_it_builds():
+    files = [file for file in FULL_SIZE if cell(file)[2].startswith("dmpo")]
+    for file in files:
+        (line,) = (found for found in header(file).splitlines() if "sampler.type=" in found)
+        recipe = build(file, *line.split())
+        assert recipe.sampler is not None and recipe.sampler.name == "low_confidence", file
+        assert (recipe.sampler.value.threshold, recipe.sampler.value.cache) == (0.9, "prefix"), file
+        assert recipe.sampler.value.temperature == 0.2 and recipe.algorithm.value.likelihood == "elbo", file
+        with pytest.raises(ConfigError, match="approximation"):  # with the order's likelihood a cache is refused
+            build(file, *line.split()[:-1])
+    assert len(files) >= 8
 
 
 def test_the_line_that_evaluates_is_accepted():
