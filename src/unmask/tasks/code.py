@@ -1,4 +1,4 @@
-"""HumanEval, HumanEval+, MBPP, MBPP+ and AceCoder rows: programs that have to pass tests, judged in the sandbox."""
+"""HumanEval(+), MBPP(+) and AceCoder rows, and programs that read standard input: judged in the sandbox."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from unmask.tasks.common import held_out, require_at_least, require_choices
 from unmask.tasks.evalplus import evalplus, mended
 from unmask.tasks.prompts import Messages, PromptStyle, with_opening
 from unmask.tasks.questions import QuestionTask
+from unmask.tasks.stdio import is_stdio_row, stdio
 from unmask.types import Example, Score, Status
 
 REWARDS = {"solved": (0.0, 0.0), "tests": (1.0, 0.0), "espo": (1.0, 1.0), "coupled_grpo": (2.0, 0.5)}
@@ -62,7 +63,9 @@ class Code(QuestionTask):
     f(x) == sorted(x)."""
 
     name: ClassVar[str] = "code"
-    expected: ClassVar[str] = "Give rows of HumanEval, MBPP (plain, or EvalPlus's in either format), or AceCoder."
+    expected: ClassVar[str] = (
+        "Give rows of HumanEval, MBPP (plain, or EvalPlus's in either format), AceCoder, or inputs and outputs."
+    )
     hub: ClassVar[Mapping[str, str]] = {"train": "TIGER-Lab/AceCode-87K", "test": "openai/openai_humaneval"}
     prompts: ClassVar[Mapping[str, PromptStyle]] = {
         "chat": PromptStyle("{question}", system=_SYSTEM),
@@ -90,11 +93,13 @@ class Code(QuestionTask):
         if "base_input" in row:
             return evalplus(row)
         columns = self._columns(row)
-        if not columns["tests"] or not columns["names"]:
+        if not columns["tests"] or not (columns["names"] or "stdin" in columns):
             raise ValueError("no test calls a function of the program's, so every program would pass")
         return columns
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if is_stdio_row(row):
+            return stdio(row)
         if "entry_point" in row:
             return humaneval(row)
         return acecoder(row) if "test_cases" in row else mbpp(row)
@@ -183,6 +188,7 @@ class Code(QuestionTask):
             helpers=columns["helpers"],
             limits=limits,
             copies_back=self.copies_back,
+            stdin=columns.get("stdin"),
         )
 
     def program_text(self, example: Example, completion: str) -> str | None:
