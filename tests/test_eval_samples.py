@@ -144,4 +144,4 @@ def test_a_preset_in_the_command(models, tmp_path, capsys):
     assert main([*command, "d1", "prompt=raw", "--gen-length", "16", "--sampler", "wino", *output]) == 0  # no steps
     assert [row["block_length"] for row in json.loads((tmp_path / "rows.json").read_text())] == [16]
     assert main([*command, "d2"]) == 2
-    assert "--preset d2: unknown. Use one of: d1, espo, dmpo, dga." in capsys.readouterr().err
+    assert "--preset d2: unknown. Use one of: d1, espo, spg, dmpo, dga." in capsys.readouterr().err

@@ -150,6 +150,18 @@ def test_the_reference_calls_nothing_of_the_program(shares):
     assert shares(SUM, "def sum(xs): return 0", "def sum(xs): return 7") == [pytest.approx(1 / 3), 0.0]
 
 
+def test_the_two_tasks_that_take_more_than_the_reference(shares):
+    """Of MBPP+ before its version 0.2.0, which has left them out."""
+    zero = MEAN | {"task_id": "Mbpp/295", "entry_point": "sum_div", "atol": 0, "base_input": [[8], [12]]}
+    zero["canonical_solution"] = "\ndef sum_div(n):\n    return sum(d for d in range(1, n) if n % d == 0)\n"
+    sources = [f"def sum_div(n): return {value}" for value in ("0", "7", "'0'", "n")]
+    assert shares(zero, "", *sources, YES + "def sum_div(n): return Yes(3)") == [1.0, 1.0, 0.5, 0.0, 0.0, 0.0]
+    some = MEAN | {"task_id": "Mbpp/164", "entry_point": "are_equivalent", "atol": 0, "base_input": [[2, 4]]}
+    some["canonical_solution"] = "\ndef are_equivalent(a, b):\n    return a == b\n"
+    raising = "def are_equivalent(a, b): raise ValueError"
+    assert shares(some, "", "def are_equivalent(a, b): return True", raising, "x = 1") == [1.0, 1.0, 0.0, 0.0]
+
+
 def test_rows_that_are_none(tmp_path):
     for change in ({"entry_point": "no"}, {"atol": "x"}, {"base_input": None}, {"canonical_solution": "    ("}):
         (tmp_path / "rows.jsonl").write_text(json.dumps(HALVES | change) + "\n")
@@ -260,6 +272,9 @@ def test_answers_that_are_not_unique(differential):
     assert special["similar_elements"]((2, 1), (1, 2), [], 0) and not special["Diff"]([], [1], [], 0)
     assert special["check_str"](object(), object(), [], 0) and special["check_str"](True, object(), [], 0)
     assert not special["check_str"](None, object(), [], 0) and not special["check_str"](False, object(), [], 0)
+    assert special["are_equivalent"](None, True, [2, 4], 0)  # whatever is returned
+    assert special["sum_div"](7, 7, [8], 0) and special["sum_div"](0, 7, [8], 0)
+    assert not special["sum_div"](1, 7, [8], 0) and not special["sum_div"](None, 7, [8], 0)
     root = special["find_zero"]  # 2 - 3x + x² has the roots 1 and 2
     assert root(1.0, 2.0, [[2, -3, 1]], 1e-4) and root(2.00001, 1.0, [[2, -3, 1]], 1e-4)
     for wrong in (1.5, math.nan, [], None, True, "1"):

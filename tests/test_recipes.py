@@ -17,6 +17,7 @@ from unmask.api import decoding, evaluation_task
 from unmask.build import Recipe, sft_recipe, train_recipe
 from unmask.cli import eval_command
 from unmask.config import apply_overrides, read_recipe
+from unmask.errors import ConfigError
 from unmask.objectives import ALGORITHMS
 from unmask.protocols import LENGTHS, task_options
 
@@ -63,7 +64,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "spg gsm8k": {"algorithm.gamma": 1.5, "updates": 6000},
     "spg math": {"algorithm.gamma": 1.5, "updates": 4000},
     "spg countdown": {"algorithm.gamma": 1.5, "updates": 6000},
-    "spg sudoku": {"algorithm.gamma": 1.0, "sampler.temperature": 0.3, "updates": 2500},
+    "spg sudoku": {"algorithm.gamma": 1.0, "sampler.temperature": 0.3, "updates": 2500, "task.prompt": "spg"},
     "gdpo": {"algorithm.num_nodes": 3, "optimizer.lr": 1e-6},
     "dga": {"model.lora.rank": 128, "sampler.num_steps": 128, "rollout.group_size": 8},
     "dga gsm8k": {"updates": 27_000},
@@ -242,6 +243,19 @@ def test_full_size_recipes_keep_the_published_decoding():
         assert recipe.model.dtype == ("auto" if recipe.model.lora is None else "bfloat16"), file
 
 
+def test_dmpo_recipes_name_the_other_published_sampler_and_it_builds():
+    files = [file for file in FULL_SIZE if cell(file)[2].startswith("dmpo")]
+    for file in files:
+        (line,) = (found for found in header(file).splitlines() if "sampler.type=" in found)
+        recipe = build(file, *line.split())
+        assert recipe.sampler is not None and recipe.sampler.name == "low_confidence", file
+        assert (recipe.sampler.value.threshold, recipe.sampler.value.cache) == (0.9, "prefix"), file
+        assert recipe.sampler.value.temperature == 0.2 and recipe.algorithm.value.likelihood == "elbo", file
+        with pytest.raises(ConfigError, match="approximation"):  # with the order's likelihood a cache is refused
+            build(file, *line.split()[:-1])
+    assert len(files) >= 8
+
+
 def test_the_line_that_evaluates_is_accepted():
     for file in FULL_SIZE:
         line = labelled(file, "Evaluate").partition(" MBPP:")[0].split()
@@ -256,6 +270,20 @@ def test_the_line_that_evaluates_is_accepted():
             sampler = decoding(task, args.sampler, **fields)
             if length == 256:  # the lengths of a run's own evaluations
                 assert sampler == built(file)[0].evaluation_sampler, file
+
+
+def test_the_line_for_mbpp_asks_with_the_published_examples():
+    for file in FULL_SIZE:
+        line, _, words = labelled(file, "Evaluate").partition(" MBPP: ")
+        assert bool(words) == ("3 for MBPP" in labelled(file, "Shots")), file
+        if not words:
+            continue
+        parser = argparse.ArgumentParser()
+        eval_command.add_arguments(parser)
+        args = parser.parse_intermixed_args([*line.split()[2:], *words.split()])
+        options = task_options(args.preset, args.task) if args.preset else {}
+        task = evaluation_task(args.task, args.data, args.split, apply_overrides(options, args.options)).value
+        assert (task.prompt, task.num_shots, task.data) == ("mbpp", 3, "google-research-datasets/mbpp"), file
 
 
 def row(file: Path) -> str:

@@ -270,7 +270,7 @@ def test_dream_prompt_shows_four_lines_and_a_template_may_hold_other_braces():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"prompt": "ras"}, r"task.prompt = 'ras' is not known. Known: raw, d1, espo, dream.*Did you mean 'raw'"),
+        ({"prompt": "ras"}, r"task.prompt = 'ras' is not known. Known: raw, d1, espo, spg, dream.*Did you mean 'raw'"),
         ({"reward": "cell"}, r"Known: cells, solved. Did you mean 'cells'"),
         ({"parser": "loose"}, r"Known: strict, d1"),
         ({"teacher": "column-blind"}, r"Did you mean 'column_blind'"),

@@ -13,6 +13,7 @@ from unmask.errors import DataError
 from unmask.models import MaskedPolicy
 from unmask.preferences import preference
 from unmask.rows import prompt_of
+from unmask.tasks.stdio import is_stdio_row, stdio
 
 SHOWN_PROBLEMS = 10
 
@@ -99,6 +100,8 @@ def kind_of(row: Any) -> tuple[str, Reader]:
         return "preference pairs", read_pair
     if "completion" in names or "messages" in names:
         return "prompts with completions", read_demonstration
+    if is_stdio_row(row):
+        return "programs judged by what they print", read_stdio
     return "prompts", read_prompt
 
 
@@ -120,6 +123,14 @@ def read_demonstration(row: Any, number: int, where: str) -> tuple[Any, dict[str
 
 def read_prompt(row: Any, number: int, where: str) -> tuple[Any, dict[str, str]]:
     return prompt_of(row, where), {}
+
+
+def read_stdio(row: Any, number: int, where: str) -> tuple[Any, dict[str, str]]:
+    try:
+        columns = stdio(row)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{where}: is no program with inputs and outputs ({error}). Mend or drop it.") from error
+    return columns["question"], {"solution": columns["solution"]} if columns["solution"] else {}
 
 
 def render(prompt: Any, policy: MaskedPolicy | None) -> str:

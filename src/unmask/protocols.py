@@ -53,6 +53,11 @@ PROTOCOLS = {
             "math": {"prompt": "espo", "parser": "lenient"},
         },
     ),
+    "spg": Protocol(
+        "arXiv:2510.09541",
+        "half",
+        {**_D1_TASKS, "sudoku": {**_D1_TASKS["sudoku"], "prompt": "spg", "grids": "spg", "num_test": 256}},
+    ),
     "dmpo": Protocol("arXiv:2510.08233", "full", _D1_TASKS),
     "dga": Protocol("Diffusion-Gibbs Alignment", 128, _D1_TASKS),
 }

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from unmask.errors import ConfigError, RewardError
+from unmask.sandbox import streams
 from unmask.sandbox.literal import literal_cases
 from unmask.sandbox.self_test import weaknesses
 from unmask.sandbox.verdicts import Limits, Program, Verdict, classify
@@ -30,11 +31,11 @@ from unmask.sandbox.verdicts import Limits, Program, Verdict, classify
 SUPERVISOR = Path(__file__).parent / "inside" / "supervisor.py"
 LIGHT = [
     "collections", "heapq", "bisect", "itertools", "functools", "operator", "math", "cmath", "re", "string", "decimal",
-    "fractions", "typing", "copy", "json", "abc", "array", "time",
+    "fractions", "typing", "copy", "json", "abc", "array", "time", "datetime",
 ]  # fmt: skip
 """Loaded by every worker."""
 HEAVY = [
-    "random", "datetime", "statistics", "dataclasses", "enum", "hashlib", "calendar", "textwrap", "uuid", "zlib",
+    "random", "statistics", "dataclasses", "enum", "hashlib", "calendar", "textwrap", "uuid", "zlib",
     "base64", "asyncio", "threading", "queue", "contextlib", "traceback", "difflib", "unittest",
 ]  # fmt: skip
 """Loaded, as packages are, by workers for programs that import one of them: memory is what a fork costs."""
@@ -70,8 +71,9 @@ class Worker:
         """
         self.served += 1
         limits = {name: getattr(program.limits, name) for name in ("cpu", "wall", "memory", "judge_memory")}
-        request = json.dumps({"source": program.source, "limits": limits}).encode()
-        return self._ask(program, request, seconds) if cases is None else self._ask_cases(cases, request, seconds)
+        request = {"source": program.source, "limits": limits, "streams": program.stdin is not None}
+        content = json.dumps(request).encode()
+        return self._ask(program, content, seconds) if cases is None else self._ask_cases(cases, content, seconds)
 
     def _ask_cases(self, cases: bytes, request: bytes, seconds: float) -> dict[str, Any]:
         for link, content in ((self.judge, cases), (self.link, request)):
@@ -80,14 +82,7 @@ class Worker:
         return receive(self.link) | {"judge": receive(self.judge)}
 
     def _ask(self, program: Program, request: bytes, seconds: float) -> dict[str, Any]:
-        tests = json.dumps(
-            {
-                "tests": list(program.tests),
-                "names": list(program.names),
-                "setup": program.setup,
-                "helpers": program.helpers,
-            }
-        )
+        tests = json.dumps(tests_of(program))
         file, (reader, writer) = os.memfd_create("tests"), os.pipe()
         try:
             write_all(file, tests.encode())
@@ -156,6 +151,8 @@ class LocalSandbox:
             self._free = {False: queue.Queue(), True: queue.Queue()}
 
     def _run_one(self, program: Program) -> Verdict:
+        if program.stdin is not None:
+            return streams.run_tests(lambda one: self._ask(one, None), program)
         answer = self._ask(program, literal_cases(program))
         if judge_was_late(answer, program.limits):
             more = replace(program.limits, wall=MORE_TIME * program.limits.wall)
@@ -198,6 +195,20 @@ class LocalSandbox:
             if worker in self._all:
                 self._all.remove(worker)
         worker.stop()
+
+
+def tests_of(program: Program) -> dict[str, Any]:
+    """What the judge reads: of a program that reads standard input, its one test."""
+    if program.stdin is not None:
+        (given,), (expected,) = program.stdin, program.tests
+        return {"input": given, "output": expected}
+    return {
+        "tests": list(program.tests),
+        "names": list(program.names),
+        "setup": program.setup,
+        "helpers": program.helpers,
+        "copies_back": program.copies_back,
+    }
 
 
 def judge_was_late(answer: dict[str, Any], limits: Limits) -> bool:

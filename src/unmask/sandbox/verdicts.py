@@ -31,7 +31,7 @@ class Program:
 
     source: str
     tests: Sequence[str]
-    """Statements, each one test: it passes if it raises nothing."""
+    """Statements, each one test: it passes if it raises nothing. With `stdin`: outputs that are expected."""
     names: Sequence[str]
     """What the program has to define: functions that the tests call, classes that they build."""
     setup: str = ""
@@ -39,6 +39,11 @@ class Program:
     helpers: str = ""
     """Trusted, run before that; the program's `names` hide names of the helpers."""
     limits: Limits = field(default_factory=Limits)
+    copies_back: bool = False
+    """What a call does to its arguments is done to the tests' lists, dictionaries, sets, deques and byte arrays too."""
+    stdin: Sequence[str] | None = None
+    """The program reads standard input: what it is given for each of `tests`. It is run anew for each of them, and has
+    to end with status 0. There are no names, setup or helpers then."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""HumanEval, HumanEval+, MBPP, MBPP+ and AceCoder rows: programs that have to pass tests, judged in the sandbox."""
+"""HumanEval(+), MBPP(+) and AceCoder rows, and programs that read standard input: judged in the sandbox."""
 
 from __future__ import annotations
 
@@ -6,17 +6,21 @@ import ast
 import builtins
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
+from unmask.errors import ConfigError
 from unmask.sandbox.literal import tree
 from unmask.sandbox.pool import LocalSandbox
 from unmask.sandbox.verdicts import Limits, Program, Sandbox, Verdict
-from unmask.tasks.common import require_at_least, require_choices
+from unmask.tasks import mbpp_prompt
+from unmask.tasks.acecoder import hard_rows
+from unmask.tasks.common import held_out, require_at_least, require_choices
 from unmask.tasks.evalplus import evalplus, mended
-from unmask.tasks.prompts import PromptStyle, with_opening
+from unmask.tasks.prompts import Messages, PromptStyle, with_opening
 from unmask.tasks.questions import QuestionTask
+from unmask.tasks.stdio import is_stdio_row, stdio
 from unmask.types import Example, Score, Status
 
 REWARDS = {"solved": (0.0, 0.0), "tests": (1.0, 0.0), "espo": (1.0, 1.0), "coupled_grpo": (2.0, 0.5)}
@@ -35,44 +39,108 @@ class Code(QuestionTask):
     """Programs from prompts with tests. Nothing is run without confinement: where there is none, it is refused."""
 
     prompt: str = "chat"
-    """"chat": asks for one code block at the end of the reply. "complete": the model goes on behind the prompt."""
+    """"chat": asks for one code block at the end of the reply. "complete": the model goes on behind the prompt.
+    "mbpp", "mbpp_text": MBPP's own with `num_shots` of its examples, as turns or as one text; the program ends at
+    [DONE]."""
+    shots_data: str | None = None
+    """Where the examples of "mbpp" are: rows with MBPP's tasks 2, 3 and so on, a file or a hub id, whose split "prompt"
+    is read. None: those of `data`. What is shown is not scored."""
     reward: str = "solved"
     """"solved": 1 if all tests pass, else 0. "tests": the share that passes. "espo": share + format. "coupled_grpo":
     2 · share + format / 2. Format: 1 for exactly one block at the end that parses, 0.5 if it does not parse, else 0;
     where format counts, tests count only if it is 1."""
+    difficulty: str = "all"
+    """Training rows. "hard": of AceCoder's those that DiffuCoder and ESPO train on, by the pass rates recorded with
+    them; it is made of all rows, so name the whole set. "all": no choice."""
     cpu_seconds: float = 2.0
     """CPU time of one program over all its tests. Some references need more (docs/tasks.md)."""
     memory_mib: int = 512
     """Address space of one program."""
     num_workers: int = 1
     """Programs that run at a time."""
+    copies_back: bool = False
+    """Tests see what a call does to its arguments, as AceCoder's runner does. A program that empties a list then passes
+    f(x) == sorted(x)."""
 
     name: ClassVar[str] = "code"
-    expected: ClassVar[str] = "Give rows of HumanEval, MBPP (plain, or EvalPlus's in either format), or AceCoder."
+    expected: ClassVar[str] = (
+        "Give rows of HumanEval, MBPP (plain, or EvalPlus's in either format), AceCoder, or inputs and outputs."
+    )
     hub: ClassVar[Mapping[str, str]] = {"train": "TIGER-Lab/AceCode-87K", "test": "openai/openai_humaneval"}
     prompts: ClassVar[Mapping[str, PromptStyle]] = {
         "chat": PromptStyle("{question}", system=_SYSTEM),
         "complete": PromptStyle("{question}", is_chat=False),
+        **mbpp_prompt.STYLES,
     }
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_choices(self, reward=REWARDS)
+        require_choices(self, reward=REWARDS, difficulty=("all", "hard"))
         require_at_least(self, cpu_seconds=0.1, memory_mib=64, num_workers=1)
+        if self._is_mbpp and self.num_shots > mbpp_prompt.MAX_SHOTS:
+            raise ConfigError(
+                f"task.num_shots = {self.num_shots}: MBPP keeps {mbpp_prompt.MAX_SHOTS} tasks from 2 on for prompts. "
+                "The published number is 3."
+            )
+        if self._is_mbpp and REWARDS[self.reward][1]:
+            raise ConfigError(
+                f"task.reward = {self.reward!r} counts the form of a code block, which prompt {self.prompt!r} does not "
+                'ask for. Use "solved" or "tests".'
+            )
 
     def read_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Columns beside question and solution: tests, setup, helpers, names (see `Program`) and task_id."""
         if "base_input" in row:
             return evalplus(row)
         columns = self._columns(row)
-        if not columns["tests"] or not columns["names"]:
+        if not columns["tests"] or not (columns["names"] or "stdin" in columns):
             raise ValueError("no test calls a function of the program's, so every program would pass")
         return columns
 
     def _columns(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        if is_stdio_row(row):
+            return stdio(row)
         if "entry_point" in row:
             return humaneval(row)
         return acecoder(row) if "test_cases" in row else mbpp(row)
+
+    def raw_rows(self, source: str, split: str, key: str) -> Sequence[tuple[str, Any]]:
+        """As they are stored, or the hard ones."""
+        rows = super().raw_rows(source, split, key)
+        return hard_rows(rows) if split == "train" and self.difficulty == "hard" else rows
+
+    def question(self, columns: Mapping[str, Any]) -> str:
+        """What the prompt asks of a row."""
+        return mbpp_prompt.question_of(columns) if self._is_mbpp else super().question(columns)
+
+    @property
+    def _style(self) -> PromptStyle:
+        style = super()._style
+        is_text = self._is_mbpp and not style.is_chat
+        return replace(style, template=mbpp_prompt.text_of(self._shown) + style.template) if is_text else style
+
+    @property
+    def _is_mbpp(self) -> bool:
+        return self.prompt in mbpp_prompt.STYLES
+
+    @property
+    def _shown(self) -> Sequence[Mapping[str, Any]]:
+        """Rows of the examples of MBPP's prompt."""
+        if not self.num_shots:
+            return []
+        source = self.shots_data or self.source("test")
+        return mbpp_prompt.shown_rows(self._read(source, "prompt", "task.shots_data"), self.num_shots, source)
+
+    def _shots(self) -> Messages:
+        return mbpp_prompt.turns_of(self._shown) if self._is_mbpp else super()._shots()
+
+    def _rows(self, split: str) -> list[tuple[int, dict[str, Any]]]:
+        if not self._is_mbpp:
+            return super()._rows(split)
+        shown = {columns["task_id"] for columns in self._shown}
+        read = self._read(self.source(split), "test" if split == "test" else "train")
+        rows = [(number, columns) for number, columns in enumerate(read) if columns["task_id"] not in shown]
+        return rows if split == "test" else list(held_out(rows, split, self.num_validation, self.source(split)))
 
     def score(self, example: Example, completion: str) -> Score:
         """One completion alone."""
@@ -119,12 +187,17 @@ class Code(QuestionTask):
             setup=columns["setup"],
             helpers=columns["helpers"],
             limits=limits,
+            copies_back=self.copies_back,
+            stdin=columns.get("stdin"),
         )
 
     def program_text(self, example: Example, completion: str) -> str | None:
         """The program of a completion; None if a block was asked for and there is none."""
         if self.prompt == "complete":
             return str(example.columns["question"]) + until_next_statement(completion)
+        if self._is_mbpp:
+            found = [code for language, code, _ in blocks(completion) if is_python(language)]
+            return mbpp_prompt.program_in(completion, found[0] if found else None)
         code = last_block(completion)
         return None if code is None else imports_of(example.columns["question"]) + code
 
@@ -166,7 +239,9 @@ def mbpp(row: Mapping[str, Any]) -> dict[str, Any]:
         setup, tests = row.get("test_setup_code", ""), list(row["test_list"])
     shown = row["test_list"][0] if row.get("test_list") else ""
     text = row.get("text") or row["prompt"]
+    asked = mbpp_prompt.task_and_tests(text, row["test_list"]) if row.get("test_list") else None
     return {
+        "task_and_tests": asked,
         "question": f"{text}\nTest cases: {shown}" if shown else text,
         "solution": code,
         "tests": tests,
@@ -238,8 +313,13 @@ def blocks(text: str) -> list[tuple[str, str, int]]:
 
 def last_block(text: str) -> str | None:
     """The last code block in Python or without a language."""
-    code = [code for language, code, _ in blocks(text) if language.lower() in ("python", "py", "python3", "")]
+    code = [code for language, code, _ in blocks(text) if is_python(language)]
     return code[-1] if code else None
+
+
+def is_python(language: str) -> bool:
+    """Whether a block says that it is Python, or nothing."""
+    return language.lower() in ("python", "py", "python3", "")
 
 
 def block_format(text: str) -> float:

@@ -54,6 +54,8 @@ class PromptStyle:
     template: str
     is_chat: bool = True
     system: str = ""
+    opening: str = ""
+    """What answers begin with in a chat prompt, unless the task says."""
 
     def render(self, values: Mapping[str, str], shots: Messages | None = None) -> str | Messages:
         """The prompt; `shots` are turns of examples that stand before the question."""

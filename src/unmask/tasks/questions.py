@@ -59,9 +59,17 @@ class QuestionTask(LeavesLengthToSampler):
         """The questions of "train", "validation" or "test", with the columns of `read_row`."""
         offset, style, shots = first_id(split, self.name), self._style, self._shots()
         return [
-            Example(offset + row, opened(style.render({"question": columns["question"]}, shots), self.opening), columns)
+            Example(
+                offset + row,
+                opened(style.render({"question": self.question(columns)}, shots), self.opening or style.opening),
+                columns,
+            )
             for row, columns in self._rows(split)
         ]
+
+    def question(self, columns: Mapping[str, Any]) -> str:
+        """What the prompt asks of a row."""
+        return str(columns["question"])
 
     def read_row(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Columns `question`, `solution` and `answer` of a row of the data. Raises: KeyError, TypeError, ValueError."""
@@ -78,15 +86,19 @@ class QuestionTask(LeavesLengthToSampler):
             return rows
         return list(held_out(rows, split, self.num_validation, self.source(split), self.num_shots))
 
-    def _read(self, source: str, split: str) -> Sequence[dict[str, Any]]:
-        key = "task.data" if split == "test" else "task.train_data"
+    def _read(self, source: str, split: str, key: str = "") -> Sequence[dict[str, Any]]:
+        key = key or ("task.data" if split == "test" else "task.train_data")
         rows = []
-        for where, row in cached_rows(source, split, key):
+        for where, row in self.raw_rows(source, split, key):
             try:
                 rows.append(self.read_row(row))
             except (KeyError, TypeError, ValueError, AttributeError, SyntaxError) as error:
                 raise DataError(f"{where}: is no row of {self.name} ({one_line(error)}). {self.expected}") from error
         return rows
+
+    def raw_rows(self, source: str, split: str, key: str) -> Sequence[tuple[str, Any]]:
+        """(place, row) as they are stored. `key` is what the user calls the source."""
+        return cached_rows(source, split, key)
 
     def _shots(self) -> Messages:
         if not self.num_shots:

@@ -7,10 +7,12 @@ a puzzle has several solutions, a quarter of d1's test file, and where an answer
 
 from __future__ import annotations
 
+import itertools
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor, tensor
 
 from unmask.errors import ConfigError
@@ -24,14 +26,17 @@ from unmask.tasks.sudoku_grids import (
     column_blind_solutions,
     from_text,
     generate_puzzles,
+    generate_spread_puzzles,
     grid_texts,
     split_grids,
     to_text,
 )
+from unmask.tasks.sudoku_shots import chosen_shots, generated_shots, worked_example
 from unmask.types import Example, Score, Status
 
 FORMS = ("digits", "lines", "tags")
 PARSERS = ("strict", "d1")
+GRIDS = ("three_way", "spg")
 
 _FACTS = ("accuracy", "match_accuracy", "cell_accuracy")
 
@@ -99,6 +104,9 @@ Your step-by-step solving process
 
 Now, solve the following Sudoku puzzle: {puzzle}"""
 
+_QUERY = "Solve the following Sudoku puzzle: {puzzle}"
+_SPG_PROMPT = _D1_PROMPT.removesuffix(_QUERY) + f"{{examples}}\n\nQuestion: {_QUERY}\nAnswer:\n"
+
 _DREAM_SYSTEM = "You are an AI assistant skilled at solving Sudoku puzzles."
 
 _DREAM_PROMPT = """Fill the positions where the values are 0 in a 4x4 grid with digits 1-4 so that each column, \
@@ -138,16 +146,18 @@ PROMPTS = {
     "raw": PromptStyle("{puzzle}|", "digits"),
     "d1": PromptStyle(_D1_PROMPT, "tags", is_chat=True),
     "espo": PromptStyle(_ESPO_PROMPT, "tags", is_chat=True),
+    "spg": PromptStyle(_SPG_PROMPT, "tags", is_chat=True),
     "dream": PromptStyle(_DREAM_PROMPT, "lines", is_chat=True, system=_DREAM_SYSTEM),
 }
 
 
 @dataclass(frozen=True)
 class Sudoku:
-    """4x4 Sudoku. Generated puzzles have one solution; training, validation and test never share a solution grid."""
+    """4x4 Sudoku. Generated puzzles have one solution; training and test never share a solution grid."""
 
     prompt: str = "raw"
-    """"raw": the 16 cells and "|". "d1", "espo", "dream": the papers' chat messages. Anything else is a template with
+    """"raw": the 16 cells and "|". "d1", "espo", "dream": the papers' chat messages. "spg": d1's with three
+    worked examples of training grids, which are in no split. Anything else is a template with
     "{puzzle}", given to the model as it stands, without chat markup; answers are read from <answer> tags if it has
     them, else they are the whole completion."""
     reward: str = "cells"
@@ -165,6 +175,10 @@ class Sudoku:
     """Generated test puzzles."""
     seed: int = 0
     """Draws the puzzles and the demonstrations; the split of the grids does not depend on it."""
+    grids: str = "three_way"
+    """Solution grids of generated puzzles. "three_way": 200 for training, 40 for validation, 48 for the test. "spg"
+    (arXiv:2510.09541): 200 for training and the other 88 for the test, over which its puzzles are spread evenly;
+    validation puzzles are others of the training grids."""
     data: str | None = None
     """CSV or JSON lines file whose puzzles are the test split."""
     train_data: str | None = None
@@ -184,7 +198,9 @@ class Sudoku:
     def __post_init__(self) -> None:
         if "{puzzle}" not in self.prompt:
             require_choice("prompt", self.prompt, PROMPTS, " A template must contain '{puzzle}'.")
-        require_choices(self, reward=("cells", "solved"), parser=PARSERS, teacher=("column_blind", "exact"))
+        require_choices(
+            self, reward=("cells", "solved"), parser=PARSERS, teacher=("column_blind", "exact"), grids=GRIDS
+        )
         if not 1 <= self.num_blanks <= MAX_BLANKS:
             raise ConfigError(
                 f"task.num_blanks = {self.num_blanks}: 1 to {MAX_BLANKS} are possible, as no puzzle with fewer than 4 "
@@ -212,11 +228,11 @@ class Sudoku:
         Columns: `puzzle`, `solution` (strings of 16 digits) and `seen_grid`, whether the training split has a puzzle
         with this solution (for generated training puzzles: whether it is one of the 200 training grids).
         """
-        offset, seen = first_id(split, "sudoku"), self._training_grids()
+        offset, seen, style = first_id(split, "sudoku"), self._training_grids(), self._with_shots(self._style)
         return [
             Example(
                 id=offset + row,
-                prompt=opened(render_prompt(self._style, puzzle), self.opening),
+                prompt=opened(render_prompt(style, puzzle), self.opening),
                 columns={"puzzle": puzzle, "solution": solution, "seen_grid": solution in seen},
             )
             for row, puzzle, solution in self._puzzles(split)
@@ -262,9 +278,24 @@ class Sudoku:
             return PROMPTS[self.prompt]
         return PromptStyle(self.prompt, "tags" if "<answer>" in self.prompt else "digits")
 
+    def _with_shots(self, style: PromptStyle) -> PromptStyle:
+        """The style with its examples in place."""
+        examples = "\n\n".join(worked_example(*shot) for shot in self._shots())
+        return replace(style, template=style.template.replace("{examples}", examples)) if examples else style
+
+    def _shots(self) -> list[tuple[str, str]]:
+        """(puzzle, solution) that the prompt shows: of the training file if there is one."""
+        if self.prompt != "spg":
+            return []
+        if self.train_data is None:
+            return generated_shots()
+        return chosen_shots(((r.puzzle, r.solution) for r in scored_puzzles(self.train_data)), self.train_data)
+
     def _puzzles(self, split: str) -> list[tuple[int, str, str]]:
         """(row, puzzle, solution); the row is the one in the file, or counts from 0."""
-        exclude = {row.puzzle for path in self.exclude for row in read_puzzles(path)} if split == "train" else set()
+        exclude = {puzzle for puzzle, _ in self._shots()}
+        if split == "train":
+            exclude |= {row.puzzle for path in self.exclude for row in read_puzzles(path)}
         path = {"train": self.train_data, "test": self.data}.get(split)
         if path is not None:
             scored = scored_puzzles(path)
@@ -274,9 +305,18 @@ class Sudoku:
             if not rows:
                 raise ConfigError(f"task.exclude leaves no puzzle of {path}: all of them stand in the excluded files.")
             return rows
+        return list(zip(itertools.count(), *map(to_text, self._generated(split, exclude)), strict=False))
+
+    def _generated(self, split: str, exclude: set[str]) -> tuple[Tensor, Tensor]:
+        """Puzzles and solutions of a split."""
         count = {"train": self.num_train, "validation": self.num_validation, "test": self.num_test}[split]
-        puzzles, solutions = generate_puzzles(split, count, self.num_blanks, self.seed, exclude=exclude)
-        return list(zip(range(count), to_text(puzzles), to_text(solutions), strict=True))
+        if self.grids == "three_way" or split == "train":
+            return generate_puzzles(split, count, self.num_blanks, self.seed, exclude=exclude)
+        if split == "test":
+            others = torch.cat([split_grids("validation"), split_grids("test")])
+            return generate_spread_puzzles(others, "test", count, self.num_blanks, self.seed, exclude)
+        exclude |= {puzzle for _, puzzle, _ in self._puzzles("train")}
+        return generate_spread_puzzles(split_grids("train"), "validation", count, self.num_blanks, self.seed, exclude)
 
     def _training_grids(self) -> set[str]:
         if self.train_data is None:

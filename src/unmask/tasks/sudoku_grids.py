@@ -6,7 +6,8 @@ A grid is a row of 16 digits, row by row from the top left; 0 stands for a blank
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from functools import cache
 from itertools import combinations
 
@@ -164,26 +165,69 @@ def generate_puzzles(
 
     Raises: ConfigError if there are fewer than `count` such puzzles.
     """
-    grids, patterns = split_grids(split), _blank_patterns(num_blanks)
-    order = _candidate_order(grids, patterns, split, seed)
-    left_out = codes(from_text(exclude))
+    grids = split_grids(split)
     puzzles, solutions = grids[:0], grids[:0]
-    for pairs in order.split(_CHUNK):
-        new_solutions = grids[pairs // len(patterns)]
-        new_puzzles = new_solutions.masked_fill(patterns[pairs % len(patterns)], 0)
-        usable = ~torch.isin(codes(new_puzzles), left_out)
-        if unique:
-            usable &= completions(new_puzzles).sum(1) == 1
-        puzzles = torch.cat([puzzles, new_puzzles[usable]])
-        solutions = torch.cat([solutions, new_solutions[usable]])
+    for new_puzzles, new_solutions in _usable(grids, split, num_blanks, seed, unique, exclude):
+        puzzles = torch.cat([puzzles, new_puzzles])
+        solutions = torch.cat([solutions, new_solutions])
         if not unique:  # two grids can leave the same puzzle only where that puzzle has several solutions
             first = _first_of_each(codes(puzzles))
             puzzles, solutions = puzzles[first], solutions[first]
         if len(puzzles) >= count:
             return puzzles[:count], solutions[:count]
-    raise ConfigError(
-        f"sudoku: {count} {split} puzzles with {num_blanks} blanks were asked for, but the {len(grids)} grids of this "
-        f"split leave only {len(puzzles)}{' with a unique solution' if unique else ''}. "
+    raise _too_few(split, count, num_blanks, len(grids), len(puzzles), unique)
+
+
+def generate_spread_puzzles(
+    grids: Tensor,  # (m, 16)
+    name: str,
+    count: int,
+    num_blanks: int,
+    seed: int,
+    exclude: Collection[str] = frozenset(),
+) -> tuple[Tensor, Tensor]:  # puzzles (count, 16) and their solutions (count, 16), int8
+    """Distinct random puzzles with one solution, as evenly spread over the grids as their number allows; `name` is a
+    key of the draw.
+
+    Raises: ConfigError if some grid has too few such puzzles.
+    """
+    share, num_more = divmod(count, len(grids))
+    taken: Counter[str] = Counter()
+    puzzles, solutions = grids[:0], grids[:0]
+    for new_puzzles, new_solutions in _usable(grids, name, num_blanks, seed, True, exclude):
+        keep = []
+        for place, solution in enumerate(to_text(new_solutions)):
+            is_one_more = taken[solution] == share and num_more > 0
+            if taken[solution] < share or is_one_more:
+                keep.append(place)
+                taken[solution] += 1
+                num_more -= is_one_more
+        puzzles = torch.cat([puzzles, new_puzzles[keep]])
+        solutions = torch.cat([solutions, new_solutions[keep]])
+        if len(puzzles) == count:
+            return puzzles, solutions
+    raise _too_few(name, count, num_blanks, len(grids), len(puzzles), True)
+
+
+def _usable(
+    grids: Tensor, name: str, num_blanks: int, seed: int, unique: bool, exclude: Collection[str]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(puzzles, solutions), a part at a time, in a random order of all pairs of a grid and a pattern of blanks."""
+    patterns = _blank_patterns(num_blanks)
+    left_out = codes(from_text(exclude))
+    for pairs in _candidate_order(grids, patterns, name, seed).split(_CHUNK):
+        solutions = grids[pairs // len(patterns)]
+        puzzles = solutions.masked_fill(patterns[pairs % len(patterns)], 0)
+        usable = ~torch.isin(codes(puzzles), left_out)
+        if unique:
+            usable &= completions(puzzles).sum(1) == 1
+        yield puzzles[usable], solutions[usable]
+
+
+def _too_few(name: str, count: int, num_blanks: int, num_grids: int, found: int, unique: bool) -> ConfigError:
+    return ConfigError(
+        f"sudoku: {count} {name} puzzles with {num_blanks} blanks were asked for, but the {num_grids} grids of this "
+        f"split leave only {found}{' with a unique solution' if unique else ''}. "
         f"Ask for fewer, or for a number of blanks nearer 8."
     )
 

@@ -1,7 +1,8 @@
 """The process that runs a program which is not trusted, and answers calls to what it defines.
 
-Requests name a function and carry arguments; answers carry a value, or the class and text of an exception. Objects that
-cannot be sent stay here under a number. Everything in this process belongs to the program: what it answers is a claim.
+Requests name a function and carry arguments; answers carry a value, or the class and text of an exception, and where it
+is asked for the arguments as they are afterwards. Objects that cannot be sent stay here under a number. Everything in
+this process belongs to the program: what it answers is a claim.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Candidate:
         self.names["__builtins__"] = builtins
         self.kept: list[Any] = []
         self.encoder = Encoder(self.keep)
+        self.given: Any = None
 
     def keep(self, value: Any) -> int:
         for number, kept in enumerate(self.kept):
@@ -50,10 +52,12 @@ class Candidate:
                 request = json.loads(receive(self.descriptor))
             except (EOFError, OSError):
                 os._exit(0)
+            self.given = None
             try:
-                self.answer({"value": self.encoder.tree(self.perform(request), 0)})
+                found = {"value": self.encoder.tree(self.perform(request), 0)}
             except BaseException as error:
-                self.answer(failure(error))
+                found = failure(error)
+            self.answer(found | self.edited() if request.get("back") else found)
 
     def perform(self, request: dict[str, Any]) -> Any:
         """{"name"} or {"of": handle, "name"} finds a thing; with "arguments" it is called."""
@@ -65,8 +69,16 @@ class Candidate:
             raise NameError(f"name {request['name']!r} is not defined")
         if "arguments" not in request:
             return found
-        positional, named = decode_tree(request["arguments"], lambda number, _: self.kept[number])
+        self.given = decode_tree(request["arguments"], lambda number, _: self.kept[number])
+        positional, named = self.given
         return found(*positional, **named)
+
+    def edited(self) -> dict[str, Any]:
+        """The arguments of the last call, as they are after it; nothing if they cannot be sent."""
+        try:
+            return {} if self.given is None else {"arguments": self.encoder.tree(self.given, 0)}
+        except BaseException:
+            return {}
 
     def answer(self, content: dict[str, Any]) -> None:
         try:

@@ -77,8 +77,19 @@ def upright_pyramid(found: Any, expected: Any, arguments: Sequence[Any], toleran
     return bool(found == expected) or is_close(found, upright, tolerance)
 
 
+def anything(found: Any, expected: Any, arguments: Sequence[Any], tolerance: float) -> bool:
+    """Mbpp/164: whatever is returned."""
+    return True
+
+
+def or_zero(found: Any, expected: Any, arguments: Sequence[Any], tolerance: float) -> bool:
+    """Mbpp/295: the reference's value, or 0."""
+    return bool(found == expected) or bool(found == 0)
+
+
 SPECIAL: dict[str, Callable[[Any, Any, Sequence[Any], float], bool]] = {
     "find_zero": root, "digit_distance_nums": padded_digits, "surface_Area": upright_pyramid,
+    "are_equivalent": anything, "sum_div": or_zero,
     **dict.fromkeys(("check_str", "text_match_three", "text_starta_endb"), both_none),
     **dict.fromkeys(
         (

@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import json
 import os
+from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,8 +24,8 @@ class Gone(BaseException):
 class Link:
     """Calls into the candidate's process, one at a time."""
 
-    def __init__(self, descriptor: int):
-        self.descriptor = descriptor
+    def __init__(self, descriptor: int, *, copies_back: bool = False):
+        self.descriptor, self.copies_back = descriptor, copies_back
 
     def ask(self, request: dict[str, Any]) -> Any:
         """The value of the answer to a request. Raises: the exception that the answer names, WireError, Gone."""
@@ -43,6 +44,10 @@ class Link:
             raise Gone from error
 
     def read(self) -> Any:
+        return self.value(self.answer())
+
+    def answer(self) -> dict[str, Any]:
+        """The next message. Raises: WireError, Gone."""
         try:
             content = receive(self.descriptor)
         except (EOFError, OSError) as error:
@@ -50,12 +55,22 @@ class Link:
         answer = parse(content)  # what the program raised is raised below, an OSError of its own included
         if not isinstance(answer, dict):
             raise WireError("an answer is no object")
+        return answer
+
+    def value(self, answer: dict[str, Any]) -> Any:
+        """Raises: the exception that the answer names, WireError."""
         if "raised" in answer:
             raise exception(str(answer["raised"]), str(answer.get("text", "")))
         return decode_tree(answer.get("value"), self.handle)
 
     def call(self, request: dict[str, Any], positional: tuple[Any, ...], named: dict[str, Any]) -> Any:
-        return self.exchange(self.request(request, positional, named))
+        if not self.copies_back:
+            return self.exchange(self.request(request, positional, named))
+        self.write(self.request({**request, "back": True}, positional, named))
+        answer = self.answer()
+        if "arguments" in answer:
+            edited([list(positional), named], decode_tree(answer["arguments"], self.handle))
+        return self.value(answer)
 
     @staticmethod
     def request(request: dict[str, Any], positional: Sequence[Any], named: dict[str, Any]) -> bytes:
@@ -103,6 +118,35 @@ class Proxy(Handle):
 
     def __call__(self, *positional: Any, **named: Any) -> Any:
         return self._link.call({"of": self.number, "name": ""}, positional, named)
+
+
+def edited(old: Any, new: Any) -> Any:
+    """What stands for `new` on this side: `old` itself, given the content of `new`, where both are the same kind of
+    container; else `new`. Places and keys that stay keep their objects."""
+    if isinstance(old, Proxy) and isinstance(new, Proxy) and old.number == new.number:
+        return old
+    if type(old) is not type(new):
+        return new
+    if isinstance(old, list | deque):
+        items = [edited(a, b) for a, b in zip(old, new, strict=False)] + list(new)[len(old) :]
+        old.clear()
+        old.extend(items)
+    elif isinstance(old, dict):
+        pairs = [(key, edited(old[key], value) if key in old else value) for key, value in new.items()]
+        old.clear()
+        for key, value in pairs:
+            old[key] = value
+    elif isinstance(old, set):
+        old.clear()
+        old.update(new)
+    elif isinstance(old, bytearray):
+        old[:] = new
+    elif not isinstance(old, tuple):
+        return new
+    elif len(old) == len(new):  # a tuple stays, what it holds may change
+        for a, b in zip(old, new, strict=True):
+            edited(a, b)
+    return old
 
 
 def exception(name: str, text: str) -> Exception:
@@ -161,5 +205,6 @@ def main(descriptor: int, tests: int, result: int) -> None:
     with os.fdopen(tests, "rb") as file:
         file.seek(0)
         task = json.loads(file.read())
-    send(result, json.dumps(run(Link(descriptor), task)).encode("utf-8", "backslashreplace"))
+    link = Link(descriptor, copies_back=bool(task.get("copies_back")))
+    send(result, json.dumps(run(link, task)).encode("utf-8", "backslashreplace"))
     os._exit(0)

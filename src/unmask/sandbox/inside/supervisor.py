@@ -30,6 +30,7 @@ import filters
 import judge
 import landlock
 import lasting
+import stdio
 from channel import send
 
 POLL_SECONDS = 0.02
@@ -101,6 +102,8 @@ class Children:
 
     def serve(self, request: dict, descriptors: array.array) -> dict:
         """Run one program against its tests: how it ended. The judge tells the trainer itself."""
+        if request["streams"]:
+            return self.with_streams(request, descriptors)
         near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         ours, theirs = near.detach(), far.detach()
         limits = request["limits"]
@@ -119,6 +122,24 @@ class Children:
         os.kill(program, signal.SIGKILL)  # not reaped yet, so the number is still its own
         found = reap(program)
         ends(tester, JUDGE_SECONDS)  # it reads that the program has gone, and says what was passed until then
+        os.kill(tester, signal.SIGKILL)
+        return {"ended": ended, "candidate": found, "tester": reap(tester)}
+
+    def with_streams(self, request: dict, descriptors: array.array) -> dict:
+        """A program that reads standard input: pipes join it to its judge, and it may come to its own end."""
+        limits = request["limits"]
+        (given, feeds), (printed, prints) = os.pipe(), os.pipe()
+        near, far = [given, prints], [feeds, printed, *descriptors]
+        program = self.fork(limits, near, lambda: stdio.run(*near, request["source"]))
+        request["source"] = ""
+        own = limits | {"memory": limits["judge_memory"], "cpu": limits["wall"]}
+        tester = self.fork(own, far, lambda: stdio.judge(*far))
+        for descriptor in (*near, *far):
+            os.close(descriptor)
+        ended = watch(program, lambda seconds: ends(program, seconds), limits)
+        os.kill(program, signal.SIGKILL)  # not reaped yet
+        found = reap(program)
+        ends(tester, JUDGE_SECONDS)  # it reads the end of the output
         os.kill(tester, signal.SIGKILL)
         return {"ended": ended, "candidate": found, "tester": reap(tester)}
 

@@ -5,15 +5,17 @@
     everything else                         {tag: content}, see `_encoders`
     any other object                        {"h": number, "c": class name}, a handle: equal to nothing but itself
 
-Size, depth and number of parts are bounded on both sides. A subclass of an ordinary type is sent as that type.
+Size, depth and number of parts are bounded on both sides. A subclass of an ordinary type is sent as that type. Ordered
+and default dictionaries, counters and the views of a dictionary arrive as what they are, so that they compare as such.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable
+from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -34,6 +36,10 @@ TYPES: dict[str, type] = {
     for kind in (int, str, float, bool, list, tuple, dict, set, frozenset, bytes, complex, range, object)
 }
 """Types that may be arguments."""
+FACTORIES = {name: kind for name, kind in TYPES.items() if kind not in (range, object)}
+"""What a default dictionary may make; with any other factory it arrives as one that makes nothing."""
+_VIEWS: tuple[Any, Any, Any] = (type({}.keys()), type({}.values()), type({}.items()))
+_DATE, _TIME = ("year", "month", "day"), ("hour", "minute", "second", "microsecond")
 
 
 class WireError(Exception):
@@ -82,7 +88,7 @@ class Encoder:
                 items = [self.tree(item, depth + 1) for item in own.__iter__(value)]
                 return {tag: items} if tag else items
         if isinstance(value, dict):
-            return {"d": [[self.tree(k, depth + 1), self.tree(v, depth + 1)] for k, v in dict.items(value)]}
+            return self._dictionary(value, depth)
         if isinstance(value, bytes | bytearray):
             return {"b" if isinstance(value, bytes) else "y": bytes(value).hex()}
         if isinstance(value, complex):
@@ -95,7 +101,46 @@ class Encoder:
             return {"m": str(value)}
         if isinstance(value, type) and TYPES.get(value.__name__) is value:
             return {"k": value.__name__}
+        if isinstance(value, date | time | timedelta):
+            return self._moment(value, depth)
+        if isinstance(value, _VIEWS):
+            return self._view(value, depth)
         return self._other(value, depth)
+
+    def _pairs(self, items: Iterable[tuple[Any, Any]], depth: int) -> list[Any]:
+        return [[self.tree(k, depth + 1), self.tree(v, depth + 1)] for k, v in items]
+
+    def _dictionary(self, value: dict[Any, Any], depth: int) -> Any:
+        if isinstance(value, OrderedDict):  # has an order of its own
+            return {"O": self._pairs(OrderedDict.items(value), depth)}
+        pairs = self._pairs(dict.items(value), depth)
+        if isinstance(value, Counter):
+            return {"C": pairs}
+        if isinstance(value, defaultdict):
+            name = next((n for n, kind in FACTORIES.items() if kind is value.default_factory), None)
+            return {"D": [name, pairs]}
+        return {"d": pairs}
+
+    def _view(self, value: Any, depth: int) -> Any:
+        """Of a dictionary: its keys, values or items."""
+        keys, values, _ = _VIEWS
+        if isinstance(value, keys | values):
+            return {"K" if isinstance(value, keys) else "V": [self.tree(item, depth + 1) for item in value]}
+        return {"I": self._pairs(value, depth)}
+
+    def _moment(self, value: Any, depth: int) -> Any:
+        """A date, a time, both or a duration. Those of a time zone that is no fixed offset stay where they are."""
+        if isinstance(value, timedelta):
+            return {"P": _own(timedelta, value, ("days", "seconds", "microseconds"))}
+        if not isinstance(value, datetime | time):
+            return {"A": _own(date, value, _DATE)}
+        kind: Any = datetime if isinstance(value, datetime) else time
+        zone, fold = _own(kind, value, ("tzinfo", "fold"))
+        if zone is not None and type(zone) is not timezone:
+            return self._kept(value)
+        parts = _own(kind, value, _DATE + _TIME if kind is datetime else _TIME)
+        offset = None if zone is None else self.tree(timezone.utcoffset(zone, None), depth + 1)
+        return {"W" if kind is datetime else "T": [*parts, fold, offset]}
 
     def _other(self, value: Any, depth: int) -> Any:
         """Iterators are exhausted; numpy's arrays and numbers become lists and numbers; the rest stays where it is."""
@@ -103,14 +148,22 @@ class Encoder:
         if module == "numpy" and hasattr(value, "tolist"):
             return self.tree(value.tolist(), depth + 1)
         is_iterator = hasattr(value, "__next__") and hasattr(value, "__iter__")
-        if is_iterator or isinstance(value, type({}.keys()) | type({}.values()) | type({}.items())):
+        if is_iterator:
             items = []
             for item in value:
                 items.append(self.tree(item, depth + 1))
-            return items if not is_iterator else {"e": items}
+            return {"e": items}
+        return self._kept(value)
+
+    def _kept(self, value: Any) -> Any:
         if self.keep is None:
             raise WireError(f"a {type(value).__name__} cannot be sent")
         return {"h": self.keep(value), "c": type(value).__name__[:100]}
+
+
+def _own(kind: Any, value: Any, names: Iterable[str]) -> list[Any]:
+    """Attributes as the type itself reads them, whatever a subclass says."""
+    return [getattr(kind, name).__get__(value) for name in names]
 
 
 def _text(value: str) -> Any:
@@ -203,10 +256,16 @@ class _Decoder:
                 _refuse_collisions(items)
             kinds: dict[str, Callable[[list[Any]], Any]] = {"t": tuple, "s": set, "z": frozenset, "q": deque, "e": iter}
             return kinds[tag](items)
-        if tag == "d":
-            keys = [self.value(k, depth + 1) for k, _ in content]
-            _refuse_collisions(keys)
-            return {key: self.value(v, depth + 1) for key, (_, v) in zip(keys, content, strict=True)}
+        if tag in ("d", "C", "O", "D", "I"):
+            return self._dictionary(tag, content, depth)
+        if tag in ("K", "V"):
+            items = [self.value(item, depth + 1) for item in content]
+            if tag == "V":
+                return dict(enumerate(items)).values()
+            _refuse_collisions(items)
+            return dict.fromkeys(items).keys()
+        if tag in ("A", "T", "W", "P"):
+            return self._moment(tag, content, depth)
         if tag in _OF_NUMBERS:
             make, kind, count = _OF_NUMBERS[tag]
             parts = [self.value(item, depth + 1) for item in content]
@@ -217,9 +276,39 @@ class _Decoder:
             if len(content) > MAX_INT_BITS // 4 + 3:
                 raise WireError("an integer is too long")
             return int(content, 16)
-        simple: dict[str, Callable[[str], Any]] = {
-            "k": TYPES.__getitem__,
-            "f": float, "m": _decimal, "b": bytes.fromhex, "y": bytearray.fromhex,
-            "u": lambda hexadecimal: bytes.fromhex(hexadecimal).decode("utf-16-le", "surrogatepass"),
-        }  # fmt: skip
-        return simple[tag](content)
+        return _simple(tag, content)
+
+    def _dictionary(self, tag: str, content: Any, depth: int) -> Any:
+        factory, pairs = content if tag == "D" else (None, content)
+        keys = [self.value(k, depth + 1) for k, _ in pairs]
+        _refuse_collisions(keys)
+        found = {key: self.value(v, depth + 1) for key, (_, v) in zip(keys, pairs, strict=True)}
+        if tag == "C":
+            counter: Counter[Any] = Counter()
+            dict.update(counter, found)  # nothing is counted
+            return counter
+        if tag == "D":
+            return defaultdict(None if factory is None else FACTORIES[factory], found)
+        if tag == "I":
+            return found.items()
+        return OrderedDict(found) if tag == "O" else found
+
+    def _moment(self, tag: str, content: list[Any], depth: int) -> Any:
+        kind, count = {"A": (date, 3), "P": (timedelta, 3), "T": (time, 5), "W": (datetime, 8)}[tag]
+        numbers, rest = content[:count], content[count:]
+        if [type(number) for number in numbers] != [int] * count or len(rest) != (tag in ("T", "W")):
+            raise WireError(f"a value tagged {tag!r} has other parts")
+        if not rest:
+            return kind(*numbers)
+        zone = None if rest[0] is None else timezone(self.value(rest[0], depth + 1))
+        return kind(*numbers[:-1], zone, fold=numbers[-1])
+
+
+def _simple(tag: str, content: str) -> Any:
+    """What is written as one text."""
+    simple: dict[str, Callable[[str], Any]] = {
+        "k": TYPES.__getitem__,
+        "f": float, "m": _decimal, "b": bytes.fromhex, "y": bytearray.fromhex,
+        "u": lambda hexadecimal: bytes.fromhex(hexadecimal).decode("utf-16-le", "surrogatepass"),
+    }  # fmt: skip
+    return simple[tag](content)
