@@ -22,10 +22,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import ConfigError, RewardError
+from unmask.errors import ConfigError
 from unmask.sandbox.literal import literal_cases
 from unmask.sandbox.self_test import weaknesses
-from unmask.sandbox.verdicts import Limits, Program, Verdict, classify
+from unmask.sandbox.verdicts import Limits, LostWorker, Program, Verdict, classify
 
 SUPERVISOR = Path(__file__).parent / "inside" / "supervisor.py"
 LIGHT = [
@@ -49,7 +49,7 @@ LATE, MORE_TIME = 0.1, 4
 
 
 class SandboxUnavailable(ConfigError):
-    """Programs cannot be confined on this machine, so none is run."""
+    """Programs cannot be confined, so none is run."""
 
 
 @dataclass
@@ -143,9 +143,17 @@ class LocalSandbox:
         atexit.register(self.close)
 
     def run(self, programs: Sequence[Program]) -> list[Verdict]:
-        """A verdict for each program, in their order. Raises: RewardError if a worker is lost twice on one program."""
+        """A verdict for each program, in their order. Raises: LostWorker if that happens twice on one program."""
         with ThreadPoolExecutor(self.num_workers) as threads:
-            return list(threads.map(self._run_one, programs))
+            return list(threads.map(self.run_one, programs))
+
+    def run_one(self, program: Program) -> Verdict:
+        """A verdict, by whichever worker is free. Raises: LostWorker, BrokenTests."""
+        answer = self._ask(program, literal_cases(program))
+        if judge_was_late(answer, program.limits):
+            more = replace(program.limits, wall=MORE_TIME * program.limits.wall)
+            answer = self._ask(replace(program, limits=more), None)
+        return classify(answer, program)
 
     def close(self) -> None:
         """Stop all workers."""
@@ -154,13 +162,6 @@ class LocalSandbox:
                 worker.stop()
             self._all.clear()
             self._free = {False: queue.Queue(), True: queue.Queue()}
-
-    def _run_one(self, program: Program) -> Verdict:
-        answer = self._ask(program, literal_cases(program))
-        if judge_was_late(answer, program.limits):
-            more = replace(program.limits, wall=MORE_TIME * program.limits.wall)
-            answer = self._ask(replace(program, limits=more), None)
-        return classify(answer, program)
 
     def _ask(self, program: Program, literal: bytes | None) -> dict[str, Any]:
         """From a worker, and another one if that is lost."""
@@ -177,7 +178,7 @@ class LocalSandbox:
             else:
                 self._free[worker.is_heavy].put(worker)
             return answer
-        raise RewardError(
+        raise LostWorker(
             f"a sandbox worker was lost twice on one program (begins {program.source[:40]!r}). Look at free memory."
         )
 
@@ -204,6 +205,11 @@ def judge_was_late(answer: dict[str, Any], limits: Limits) -> bool:
     """Whether the clock ran out while the tests computed rather than the program, which is then not to blame."""
     busy = answer.get("tester", {}).get("cpu", 0.0)
     return answer["ended"] == "wall" and busy >= max(LATE * limits.wall, answer["candidate"]["cpu"])
+
+
+def longest(limits: Limits) -> float:
+    """Seconds after which a verdict is there or given up: twice two workers, which may have to be started."""
+    return 2 * (1 + MORE_TIME) * limits.wall + 8 * START_SECONDS
 
 
 def imports_any(modules: Set[str], texts: Sequence[str]) -> bool:

@@ -97,10 +97,19 @@ def bait() -> Iterator[Bait]:
                 del os.environ[CANARY]
 
 
+def num_attacks() -> int:
+    """Attacks that this machine's self-test makes."""
+    return len(ATTACKS) + _has_old_calls()
+
+
+def _has_old_calls() -> bool:
+    return os.uname().machine == "x86_64"
+
+
 def attacks(found: Bait) -> dict[str, Program]:
     """Programs by what they try. "done" would be the answer of one that succeeds."""
     bodies = {name: body.format(**vars(found)) for name, body in ATTACKS.items()}
-    if os.uname().machine == "x86_64":
+    if _has_old_calls():
         bodies["make a 32-bit system call"] = _OLD_CALLS.strip()
     return {
         name: Program(

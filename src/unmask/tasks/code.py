@@ -6,12 +6,12 @@ import ast
 import builtins
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar
 
+from unmask.sandbox.backends import SandboxConfig, open_sandbox
 from unmask.sandbox.literal import tree
-from unmask.sandbox.pool import LocalSandbox
 from unmask.sandbox.verdicts import Limits, Program, Sandbox, Verdict
 from unmask.tasks.common import require_at_least, require_choices
 from unmask.tasks.evalplus import evalplus, mended
@@ -46,6 +46,8 @@ class Code(QuestionTask):
     """Address space of one program."""
     num_workers: int = 1
     """Programs that run at a time."""
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    """Where they run: on this machine, or where `url` points (docs/sandbox.md)."""
 
     name: ClassVar[str] = "code"
     expected: ClassVar[str] = "Give rows of HumanEval, MBPP (plain, or EvalPlus's in either format), or AceCoder."
@@ -96,16 +98,16 @@ class Code(QuestionTask):
             for example, source in zip(examples, sources, strict=True)
             if source is not None
         ]
-        verdicts = iter(self.sandbox.run(programs))
+        verdicts = iter(self.runner.run(programs))
         return [
             self._score(completion, None if source is None else next(verdicts))
             for source, completion in zip(sources, completions, strict=True)
         ]
 
     @cached_property
-    def sandbox(self) -> Sandbox:
-        """Started when the first program is judged. Raises: SandboxUnavailable if nothing here can confine one."""
-        return LocalSandbox(self.num_workers)
+    def runner(self) -> Sandbox:
+        """Started when the first program is judged. Raises: SandboxUnavailable if none is to be had."""
+        return open_sandbox(self.sandbox, self.num_workers)
 
     def program(self, example: Example, source: str) -> Program:
         """The program with the tests of its row."""
