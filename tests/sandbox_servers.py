@@ -46,7 +46,7 @@ class Process:
 
     def end(self, number: int) -> int:
         self.process.send_signal(number)
-        code = self.process.wait(timeout=60)
+        code = self.process.wait(timeout=180)
         self.said += self.process.stdout.read()
         self.process.stdout.close()
         return code

@@ -237,7 +237,7 @@ def test_nobody_there_is_one_line_that_says_what_to_do(capsys, tmp_path):
 
 def test_a_machine_that_cannot_confine_does_not_serve(monkeypatch, capsys, tmp_path):
     (tmp_path / "token").write_text(TOKEN)
-    monkeypatch.setattr(pool_module, "weaknesses", lambda run: ["start a process"])
+    monkeypatch.setattr(pool_module, "weaknesses", lambda run, **_: ["start a process"])
     assert main(["sandbox", "serve", "--port", "0", "--packages", "", "--token-file", str(tmp_path / "token")]) == 2
     assert "SandboxUnavailable" in capsys.readouterr().err
 

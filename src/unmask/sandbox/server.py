@@ -149,7 +149,7 @@ class Server(ThreadingHTTPServer):
         return {
             "level": self.pool.level,
             "self_test": "passed",  # or there would be no pool
-            "attacks": num_attacks(),
+            "attacks": num_attacks(in_namespaces=self.pool.level.startswith("namespaces")),
             "workers": self.pool.num_workers,
             "packages": list(self.pool.packages),
             "python": platform.python_version(),
