@@ -32,16 +32,16 @@ def runner():
     """One sandbox for the whole file."""
     task = TASKS["code"](data="x", cpu_seconds=20.0, memory_mib=1024)
     try:
-        yield task.sandbox
+        yield task.runner
     except SandboxUnavailable as error:
         assert "a program can" not in str(error)  # a kernel that lacks something is skipped, a hole is not
         pytest.skip(str(error))
-    task.sandbox.close()
+    task.runner.close()
 
 
 def make(file, runner, **settings):
     task = TASKS["code"](**({"data": str(file), "cpu_seconds": 20.0, "memory_mib": 1024} | settings))
-    task.__dict__["sandbox"] = runner
+    task.__dict__["runner"] = runner
     return task
 
 

@@ -25,6 +25,7 @@ def healthy(monkeypatch, tmp_path):
     """The self check and the imports of extras pass without being made; cache and data lie in a temporary folder."""
     monkeypatch.setattr(doctor, "self_check", lambda: HEALTHY)
     monkeypatch.setattr(doctor, "failing_imports", lambda names: {})
+    monkeypatch.setattr(doctor, "sandbox_check", lambda: {"level": "landlock(ABI 7)+seccomp", "passed_over": []})
     monkeypatch.setenv("UNMASK_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("UNMASK_DATA", str(tmp_path))
     monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")
@@ -262,6 +263,20 @@ def test_isolation_levels(working, level, healthy, monkeypatch, capsys):
     monkeypatch.setattr(doctor, "probe_isolation", lambda: mechanisms)
     code, facts = report(capsys)
     assert code == 0 and facts["isolation", "level"]["status"] == ("ok" if level else "warning")
+
+
+def test_the_level_is_the_one_that_the_sandbox_found_and_says_why_not_a_better_one(healthy, monkeypatch, capsys):
+    every = [Mechanism(name, True, "x") for name in ("bubblewrap", "user namespaces", "landlock", "seccomp")]
+    monkeypatch.setattr(doctor, "probe_isolation", lambda: every)
+    for check, status, text in (
+        ({"level": "namespaces+seccomp", "passed_over": []}, "ok", "namespaces+seccomp: enough for code rewards"),
+        ({"level": "landlock(ABI 7)+seccomp", "passed_over": ["bwrap fails."]}, "ok", "passed over: bwrap fails."),
+        ({"level": None, "passed_over": ["a program can start a process."]}, "warning", "can start a process"),
+        ({"error": "no answer within 180 s"}, "warning", "not possible here (no answer within 180 s)"),
+    ):
+        monkeypatch.setattr(doctor, "sandbox_check", lambda check=check: check)
+        fact = report(capsys)[1]["isolation", "level"]
+        assert fact["status"] == status and text in fact["text"]
 
 
 def test_a_bubblewrap_that_is_refused_does_not_count(tmp_path, monkeypatch):

@@ -80,10 +80,10 @@ YES = "class Yes(float):\n    __eq__ = __le__ = __ge__ = lambda s, o: True\n    
 def sandbox():
     task = TASKS["code"](data="x")
     try:
-        yield task.sandbox
+        yield task.runner
     except SandboxUnavailable as error:
         pytest.skip(str(error))
-    task.sandbox.close()
+    task.runner.close()
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def shares(tmp_path, sandbox):
         file = tmp_path / "rows.jsonl"
         file.write_text(json.dumps(row) + "\n")
         task = TASKS["code"](data=str(file), reward="tests", cpu_seconds=5.0)
-        task.__dict__["sandbox"] = sandbox
+        task.__dict__["runner"] = sandbox
         (example,) = task.examples("test")
         texts = [f"```python\n{source or example.columns['solution']}\n```" for source in sources]
         return [score.value for score in task.score_all([example] * len(sources), texts)]
@@ -224,7 +224,7 @@ def test_all_restored_inputs_are_those_of_the_original_format(data_dir):
                                             ("mbpp/MbppPlus-v0.2.0_002-487.jsonl", 80)])  # fmt: skip
 def test_references_of_the_native_files_pass_and_stubs_fail(data_dir, sandbox, file, step):
     task = TASKS["code"](data=str(data_dir / file), cpu_seconds=5.0)
-    task.__dict__["sandbox"] = sandbox
+    task.__dict__["runner"] = sandbox
     examples = task.examples("test")
     chosen = examples[::step]
     scores = task.score_all(chosen, [f"```python\n{e.columns['solution']}\n```" for e in chosen])

@@ -103,10 +103,10 @@ def test_fuzzed_answers_of_math():
 def code():
     task = TASKS["code"](cpu_seconds=1.0, reward="espo")
     try:
-        yield task if task.sandbox else None
+        yield task if task.runner else None
     except SandboxUnavailable as error:
         pytest.skip(str(error))
-    task.sandbox.close()
+    task.runner.close()
 
 
 TEST_ROW = {"question": "", "tests": ["assert f(1) == 1"], "setup": "", "helpers": "", "names": ["f"]}

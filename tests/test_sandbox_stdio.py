@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -85,6 +86,21 @@ def test_tests_share_the_time_of_a_program(sandbox):
     limits = Limits(cpu=1.0, wall=20)
     found = verdict(sandbox, Program(half, OUTPUTS * 4, [], stdin=INPUTS * 4, limits=limits))
     assert found.status == "timeout" and found.passed[:2] == (True, True) and len(found.passed) < 8
+
+
+def test_they_share_its_time_on_the_clock(monkeypatch):
+    clock = iter(range(0, 1000, 2))
+    monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    limits = Limits(cpu=1.0, wall=3.0)
+    passing = {
+        "judge": {"passed": [True]},
+        "candidate": {"signal": 0, "exit": 0, "cpu": 0.0, "memory": 1},
+        "ended": "done",
+    }
+    sleeps = Program("", ["7"] * 20, [], stdin=["2"] * 20, limits=limits)
+    found = streams.run_tests(lambda one: passing, sleeps)  # 2 seconds each, of 2 · 3 + 20 / 2 less the last one's 3
+    assert (found.status, found.reason, found.passed) == ("timeout", "no time on the clock is left", (True,) * 6)
+    assert streams.longest(sleeps) == 16.0
 
 
 HOSTILE = {

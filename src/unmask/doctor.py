@@ -232,7 +232,16 @@ def _own_metadata(key: str) -> str | None:
 
 def self_check() -> dict[str, Any]:
     """What `python -m unmask.self_check` prints, or {"error": ...}."""
-    output, error = _finish(_start("-m", "unmask.self_check"))
+    return _printed_by("unmask.self_check")
+
+
+def sandbox_check() -> dict[str, Any]:
+    """What `python -m unmask.sandbox.probe` prints, or {"error": ...}."""
+    return _printed_by("unmask.sandbox.probe")
+
+
+def _printed_by(module: str) -> dict[str, Any]:
+    output, error = _finish(_start("-m", module))
     try:
         return {"error": error} if error else dict(json.loads(output.splitlines()[-1]))
     except (ValueError, IndexError):
@@ -358,13 +367,22 @@ def isolation_facts() -> Iterator[Fact]:
     mechanisms = probe_isolation()
     for m in mechanisms:
         yield Fact("isolation", m.name, "ok" if m.works else "missing", m.text, m.fix)
-    level = isolation_level(mechanisms)
-    if level:
-        yield Fact("isolation", "level", "ok", f"{level}: enough for code rewards")
+    if isolation_level(mechanisms):
+        yield level_fact(sandbox_check())
     else:
         fixes = [m.fix for m in mechanisms if not m.works and m.fix]
         text = "none: rewards that run programs are not possible here, all others are"
         yield Fact("isolation", "level", "warning", text, fixes[-1] if fixes else "")
+
+
+def level_fact(check: dict[str, Any]) -> Fact:
+    """At which level the sandbox runs programs here, all attacks on itself refused, and why not at a better one."""
+    reasons = " ".join(check.get("passed_over", [check.get("error", "")]))
+    if check.get("level"):
+        why = f"; passed over: {reasons}" if reasons else ""
+        return Fact("isolation", "level", "ok", f"{check['level']}: enough for code rewards{why}")
+    text = f"none: rewards that run programs are not possible here ({reasons})"
+    return Fact("isolation", "level", "warning", text, "point task.sandbox.url at a server: docs/sandbox.md")
 
 
 def place_facts() -> Iterator[Fact]:

@@ -37,6 +37,7 @@ COMMANDS = {
     "energy": "what the energy model of a dga run has learned",
     "replay": "look into the batch that broke an update",
     "doctor": "what this machine has and lacks, and what mends it",
+    "sandbox": "judges programs for trainers on other machines, over HTTP",
     "list": "the registered algorithms, tasks, samplers and models",
 }
 

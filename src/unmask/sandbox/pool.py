@@ -9,6 +9,7 @@ import os
 import queue
 import re
 import select
+import signal
 import socket
 import struct
 import subprocess
@@ -18,15 +19,17 @@ import threading
 import time
 from collections.abc import Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from unmask.errors import ConfigError, RewardError
+from unmask.errors import ConfigError
 from unmask.sandbox import streams
 from unmask.sandbox.literal import literal_cases
+from unmask.sandbox.namespaces import ask_for_sender, bubblewrap, sender_of, shared, wrapped
 from unmask.sandbox.self_test import weaknesses
-from unmask.sandbox.verdicts import Limits, Program, Verdict, classify
+from unmask.sandbox.verdicts import Limits, LostWorker, Program, Verdict, classify
 
 SUPERVISOR = Path(__file__).parent / "inside" / "supervisor.py"
 LIGHT = [
@@ -50,7 +53,7 @@ LATE, MORE_TIME = 0.1, 4
 
 
 class SandboxUnavailable(ConfigError):
-    """Programs cannot be confined on this machine, so none is run."""
+    """Programs cannot be confined, so none is run."""
 
 
 @dataclass
@@ -110,6 +113,7 @@ class Worker:
 class LocalSandbox:
     """Runs programs here. `packages` (such as numpy) can be imported by programs and tests.
 
+    In namespaces if bubblewrap is there and passes the self-test, else by Landlock. `passed_over` says why not.
     Raises: SandboxUnavailable if no level of confinement works on this machine.
     """
 
@@ -122,25 +126,48 @@ class LocalSandbox:
         self._free: dict[bool, queue.Queue[Worker]] = {False: queue.Queue(), True: queue.Queue()}
         self._lock = threading.Lock()
         self._all: list[Worker] = []
-        first = self._start(is_heavy=False)
+        self.passed_over: list[str] = []
+        self._wrapper: str | None = None
+        for wrapper in dict.fromkeys((bubblewrap(), None)):
+            self._wrapper = wrapper
+            try:
+                self._open()
+            except SandboxUnavailable as error:
+                self.close()
+                self.passed_over.append(str(error))
+            else:
+                atexit.register(self.close)
+                return
+        raise SandboxUnavailable(f"{' '.join(self.passed_over)} Programs are not run here; use a remote sandbox.")
+
+    def _open(self) -> None:
+        """Start the first worker, and have it attack itself. Raises: SandboxUnavailable."""
+        first, in_namespaces = self._start(is_heavy=False), self._wrapper is not None
         self.level = first.level
         try:
-            made = weaknesses(lambda p: classify(first.ask(p, START_SECONDS, literal_cases(p)), p))
+            made = weaknesses(
+                lambda p: classify(first.ask(p, START_SECONDS, literal_cases(p)), p), in_namespaces=in_namespaces
+            )
         except (OSError, EOFError):
             made = ["end the process that confines it"]
         if made:
-            self.close()
-            raise SandboxUnavailable(
-                f"at the level {self.level} a program can {', '.join(made)}. Programs are not run here; use a remote "
-                "sandbox."
-            )
+            raise SandboxUnavailable(f"at the level {self.level} a program can {', '.join(made)}.")
         self._free[False].put(first)
-        atexit.register(self.close)
 
     def run(self, programs: Sequence[Program]) -> list[Verdict]:
-        """A verdict for each program, in their order. Raises: RewardError if a worker is lost twice on one program."""
+        """A verdict for each program, in their order. Raises: LostWorker if that happens twice on one program."""
         with ThreadPoolExecutor(self.num_workers) as threads:
-            return list(threads.map(self._run_one, programs))
+            return list(threads.map(self.run_one, programs))
+
+    def run_one(self, program: Program) -> Verdict:
+        """A verdict, by whichever worker is free. Raises: LostWorker, BrokenTests."""
+        if program.stdin is not None:
+            return streams.run_tests(lambda one: self._ask(one, None), program)
+        answer = self._ask(program, literal_cases(program))
+        if judge_was_late(answer, program.limits):
+            more = replace(program.limits, wall=MORE_TIME * program.limits.wall)
+            answer = self._ask(replace(program, limits=more), None)
+        return classify(answer, program)
 
     def close(self) -> None:
         """Stop all workers."""
@@ -149,15 +176,6 @@ class LocalSandbox:
                 worker.stop()
             self._all.clear()
             self._free = {False: queue.Queue(), True: queue.Queue()}
-
-    def _run_one(self, program: Program) -> Verdict:
-        if program.stdin is not None:
-            return streams.run_tests(lambda one: self._ask(one, None), program)
-        answer = self._ask(program, literal_cases(program))
-        if judge_was_late(answer, program.limits):
-            more = replace(program.limits, wall=MORE_TIME * program.limits.wall)
-            answer = self._ask(replace(program, limits=more), None)
-        return classify(answer, program)
 
     def _ask(self, program: Program, literal: bytes | None) -> dict[str, Any]:
         """From a worker, and another one if that is lost."""
@@ -174,7 +192,7 @@ class LocalSandbox:
             else:
                 self._free[worker.is_heavy].put(worker)
             return answer
-        raise RewardError(
+        raise LostWorker(
             f"a sandbox worker was lost twice on one program (begins {program.source[:40]!r}). Look at free memory."
         )
 
@@ -185,7 +203,7 @@ class LocalSandbox:
             return self._start(is_heavy=is_heavy)
 
     def _start(self, *, is_heavy: bool) -> Worker:
-        worker = start_worker(self.packages, is_heavy=is_heavy)
+        worker = start_worker(self.packages, is_heavy=is_heavy, wrapper=self._wrapper)
         with self._lock:
             self._all.append(worker)
         return worker
@@ -217,27 +235,41 @@ def judge_was_late(answer: dict[str, Any], limits: Limits) -> bool:
     return answer["ended"] == "wall" and busy >= max(LATE * limits.wall, answer["candidate"]["cpu"])
 
 
+def longest(program: Program) -> float:
+    """Seconds after which a verdict is there or given up: twice two workers, which may have to be started."""
+    wall = (1 + MORE_TIME) * program.limits.wall if program.stdin is None else streams.longest(program)
+    return 2 * wall + 8 * START_SECONDS
+
+
 def imports_any(modules: Set[str], texts: Sequence[str]) -> bool:
     """Whether an import statement of the texts has the name of a module. A mistake costs time, and nothing else."""
     return any(modules & set(_WORD.findall(rest)) for text in texts for rest in _IMPORTED.findall(text))
 
 
-def start_worker(packages: Sequence[str], *, is_heavy: bool) -> Worker:
-    """A supervisor that is confined and has said so. Raises: SandboxUnavailable with what the kernel said."""
+def start_worker(packages: Sequence[str], *, is_heavy: bool, wrapper: str | None) -> Worker:
+    """A supervisor that is confined and has said so; `wrapper`, bubblewrap, has put it into namespaces of its own.
+
+    Raises: SandboxUnavailable with what the kernel said.
+    """
     if not sys.platform.startswith("linux"):
         raise SandboxUnavailable(f"programs are confined on Linux alone, this is {sys.platform}. Use a remote sandbox.")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     near, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     folders = package_folders(packages)
+    readable = readable_paths(folders)
     settings = {
-        "readable": readable_paths(folders),
+        "readable": readable,
         "packages": folders,
         "preload": [*LIGHT, *([*HEAVY, *packages] if is_heavy else [])],
         "memory": Limits.judge_memory,
+        "in_namespaces": wrapper is not None,
     }
     sockets = [theirs.fileno(), far.fileno()]
     command = [base_python(), "-s", "-S", "-B", "-P", str(SUPERVISOR), *map(str, sockets), json.dumps(settings)]
     environment = {"PYTHONHASHSEED": "0", "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1", "LC_ALL": "C.UTF-8"}
+    if wrapper is not None:
+        command = wrapped(wrapper, command, environment, readable)
+        ask_for_sender(ours)
     process = subprocess.Popen(
         command,
         env=environment,
@@ -252,20 +284,28 @@ def start_worker(packages: Sequence[str], *, is_heavy: bool) -> Worker:
     far.close()
     ours.settimeout(START_SECONDS)
     try:
+        common = shared(sender_of(ours)) if wrapper is not None else []
         ready = receive(ours)
     except (OSError, EOFError) as error:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it may have started would keep its words from ending
         _, said = process.communicate()
         ours.close()
         near.close()
         last = said.decode(errors="replace").strip().splitlines()[-1:] or ["nothing was said"]
+        if wrapper is not None:
+            raise SandboxUnavailable(f"{wrapper} confines nothing here ({last[0][:200]}).") from error
         raise SandboxUnavailable(
             f"programs cannot be confined here ({last[0][:200]}). Landlock needs Linux 5.13 or later with landlock in "
             "its list of security modules, seccomp x86_64 or aarch64. `unmask doctor` says what is missing."
         ) from error
     assert process.stderr is not None
     process.stderr.close()
-    return Worker(process, ours, near, ready["ready"], is_heavy)
+    worker = Worker(process, ours, near, ("namespaces+" if wrapper else "") + ready["ready"], is_heavy)
+    if common:
+        worker.stop()
+        raise SandboxUnavailable(f"{wrapper} leaves programs in namespaces of this process ({', '.join(common)}).")
+    return worker
 
 
 def base_python() -> str:

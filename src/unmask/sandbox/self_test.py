@@ -48,6 +48,9 @@ return 'done' if ctypes.CFUNCTYPE(ctypes.c_int)(entry)() > 0 else ''
 """
 """getpid by the table of 32-bit programs, which a filter for 64 bits alone would not see."""
 
+IN_NAMESPACES = {"see the name of a user's file": "os.stat({file!r}); return 'done'"}
+"""What is refused only where files that may not be read do not exist."""
+
 HONEST = Program("def f(x):\n    return [x, x * x]\n", ["assert f(3) == [3, 9]"], ["f"])
 FORGED = Program(
     "class Yes:\n    def __eq__(self, other): return True\n    __hash__ = None\ndef f(x):\n    return Yes()\n",
@@ -97,10 +100,20 @@ def bait() -> Iterator[Bait]:
                 del os.environ[CANARY]
 
 
-def attacks(found: Bait) -> dict[str, Program]:
+def num_attacks(*, in_namespaces: bool) -> int:
+    """Attacks that this machine's self-test makes."""
+    return len(ATTACKS) + _has_old_calls() + in_namespaces * len(IN_NAMESPACES)
+
+
+def _has_old_calls() -> bool:
+    return os.uname().machine == "x86_64"
+
+
+def attacks(found: Bait, *, in_namespaces: bool = False) -> dict[str, Program]:
     """Programs by what they try. "done" would be the answer of one that succeeds."""
-    bodies = {name: body.format(**vars(found)) for name, body in ATTACKS.items()}
-    if os.uname().machine == "x86_64":
+    chosen = ATTACKS | (IN_NAMESPACES if in_namespaces else {})
+    bodies = {name: body.format(**vars(found)) for name, body in chosen.items()}
+    if _has_old_calls():
         bodies["make a 32-bit system call"] = _OLD_CALLS.strip()
     return {
         name: Program(
@@ -113,10 +126,11 @@ def attacks(found: Bait) -> dict[str, Program]:
     }
 
 
-def weaknesses(run: Callable[[Program], Verdict]) -> list[str]:
+def weaknesses(run: Callable[[Program], Verdict], *, in_namespaces: bool = False) -> list[str]:
     """What a program can do that it must not; empty for a worker that may be trusted."""
     with bait() as found:
-        made = [name for name, program in attacks(found).items() if run(program).status == Status.CORRECT]
+        tried = attacks(found, in_namespaces=in_namespaces)
+        made = [name for name, program in tried.items() if run(program).status == Status.CORRECT]
         if Path(found.file).read_text() != found.canary:
             made.append("change a file of the user")
     if any(run(program).status == Status.CORRECT for program in (FORGED, executed(FORGED))):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,21 +15,27 @@ NO_MEMORY, NO_PYTHON = 94, 95
 """Exit statuses, see inside/stdio.py."""
 LEAST_CPU = 0.05
 """Seconds that have to be left for a further test."""
+START_WALL = 0.5
+"""Seconds on the clock for each test that all of them may take beyond their wall time: to start a process."""
 ENDS = (Status.TIMEOUT, Status.FORBIDDEN)
 """After these no further test is run."""
 
 
 def run_tests(ask: Callable[[Program], dict[str, Any]], program: Program) -> Verdict:
-    """All tests of a program, which share its CPU time; `ask` runs a program with one test. The status and reason are
-    those of the first test that is not passed."""
+    """All tests of a program, which share its CPU time and its time on the clock; `ask` runs a program with one test.
+    The status and reason are those of the first test that is not passed."""
     assert program.stdin is not None
     passed: list[bool] = []
     failed: Verdict | None = None
     used, peak, pace = 0.0, 0, program.limits.wall / program.limits.cpu
+    end = time.monotonic() + longest(program) - program.limits.wall
     for given, expected in zip(program.stdin, program.tests, strict=True):
         left = program.limits.cpu - used
         if left < LEAST_CPU:
             failed = failed or Verdict(Status.TIMEOUT, (), 1, "no CPU time is left")
+            break
+        if time.monotonic() > end:
+            failed = failed or Verdict(Status.TIMEOUT, (), 1, "no time on the clock is left")
             break
         limits = replace(program.limits, cpu=left, wall=pace * left)
         one = replace(program, tests=[expected], stdin=[given], limits=limits)
@@ -43,6 +50,11 @@ def run_tests(ask: Callable[[Program], dict[str, Any]], program: Program) -> Ver
     if not passed and not failed:  # nothing passes no tests
         status = Status.WRONG
     return Verdict(status, tuple(passed), len(program.tests), reason, used, peak)
+
+
+def longest(program: Program) -> float:
+    """Seconds on the clock after which all tests of a program are over."""
+    return 2 * program.limits.wall + START_WALL * len(program.tests)
 
 
 def classify(answer: dict[str, Any], program: Program) -> Verdict:

@@ -11,6 +11,18 @@ from unmask.errors import RewardError
 from unmask.types import Status
 
 
+class BrokenTests(RewardError):
+    """The tests of a program cannot be run, whatever the program is. `reason` is what they raised."""
+
+    def __init__(self, reason: str):
+        super().__init__(f"the tests of a program cannot be used: their helpers fail ({reason}). Mend the row.")
+        self.reason = reason
+
+
+class LostWorker(RewardError):
+    """No worker lived to say how a program fared, which is no verdict."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """Of one program. CPU time decides; wall time is there for programs that sleep."""
@@ -82,9 +94,7 @@ def classify(answer: dict[str, Any], program: Program) -> Verdict:
     """From what the supervisor and the judge report: pass > forbidden > timeout > out of memory > error > fail."""
     judge, child = answer["judge"] or {}, answer["candidate"]
     if "broken" in judge:
-        raise RewardError(
-            f"the tests of a program cannot be used: their helpers fail ({judge['broken']}). Mend the row."
-        )
+        raise BrokenTests(judge["broken"])
     passed = tuple(bool(value) for value in judge.get("passed", ()))[: len(program.tests)]
     reason = str(judge.get("reason", ""))
     loaded = bool(judge.get("loaded"))

@@ -6,13 +6,13 @@ import ast
 import builtins
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar
 
 from unmask.errors import ConfigError
+from unmask.sandbox.backends import SandboxConfig, open_sandbox
 from unmask.sandbox.literal import tree
-from unmask.sandbox.pool import LocalSandbox
 from unmask.sandbox.verdicts import Limits, Program, Sandbox, Verdict
 from unmask.tasks import mbpp_prompt
 from unmask.tasks.acecoder import hard_rows
@@ -61,6 +61,8 @@ class Code(QuestionTask):
     copies_back: bool = False
     """Tests see what a call does to its arguments, as AceCoder's runner does. A program that empties a list then passes
     f(x) == sorted(x)."""
+    sandbox: SandboxConfig = field(default_factory=SandboxConfig)
+    """Where they run: on this machine, or where `url` points (docs/sandbox.md)."""
 
     name: ClassVar[str] = "code"
     expected: ClassVar[str] = (
@@ -164,16 +166,16 @@ class Code(QuestionTask):
             for example, source in zip(examples, sources, strict=True)
             if source is not None
         ]
-        verdicts = iter(self.sandbox.run(programs))
+        verdicts = iter(self.runner.run(programs))
         return [
             self._score(completion, None if source is None else next(verdicts))
             for source, completion in zip(sources, completions, strict=True)
         ]
 
     @cached_property
-    def sandbox(self) -> Sandbox:
-        """Started when the first program is judged. Raises: SandboxUnavailable if nothing here can confine one."""
-        return LocalSandbox(self.num_workers)
+    def runner(self) -> Sandbox:
+        """Started when the first program is judged. Raises: SandboxUnavailable if none is to be had."""
+        return open_sandbox(self.sandbox, self.num_workers)
 
     def program(self, example: Example, source: str) -> Program:
         """The program with the tests of its row."""

@@ -1,6 +1,8 @@
 """One worker: confines itself, then forks a candidate and a judge for every program that it is sent.
 
-    python -s -S -B -P supervisor.py SOCKET JUDGE {"readable": [...], "packages": [...], "preload": [...], "memory": N}
+    python -s -S -B -P supervisor.py SOCKET JUDGE SETTINGS
+
+SETTINGS is JSON of "readable", "packages", "preload", "memory" and "in_namespaces".
 
 The tests of a task come as a file descriptor that is only passed on, so that nothing this process has read can be found
 by a later program. What is not trusted runs in children of this process alone. Tests that compare calls with literals
@@ -47,18 +49,29 @@ def main() -> None:
     sys.path.extend(settings["packages"])
     preload(settings["preload"])
     os.chdir("/")
-    version = landlock.restrict(settings["readable"])
+    os.environ.pop("PWD", None)  # bubblewrap sets it
+    files = confine_files(settings["readable"], is_needed=not settings["in_namespaces"])
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGCHLD])  # waited for, see watch()
     gc.collect()
     gc.freeze()
     filters.Prepared(filters.base_filter()).install()
     children = Children(settings["memory"], judging)
-    send(link.fileno(), json.dumps({"ready": f"landlock(ABI {version})+seccomp"}).encode())
+    send(link.fileno(), json.dumps({"ready": f"{files}seccomp"}).encode())
     while True:
         request, descriptors = receive_task(link)
         answer = children.serve(request, descriptors)
         send(link.fileno(), json.dumps(answer).encode())
         del request, answer
+
+
+def confine_files(readable: list[str], *, is_needed: bool) -> str:
+    """By Landlock, also within namespaces, where the kernel has it; what was done. Raises: OSError if it is needed."""
+    try:
+        return f"landlock(ABI {landlock.restrict(readable)})+"
+    except OSError:
+        if is_needed:
+            raise
+        return ""
 
 
 def preload(names: list[str]) -> None:
