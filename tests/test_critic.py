@@ -224,6 +224,19 @@ def test_a_model_that_the_algorithm_cannot_learn_on_leaves_no_directory(model, t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_copy_computes_its_layers_again_as_the_policy_does():
+    policy = tiny_policy()
+    policy.enable_gradient_checkpointing()
+    critic = make_value_model(policy, reference_policy(policy), Needs(value=COMPLETION), seed=0, micro_batch_size=64)
+    calls = []
+    critic.trunk.policy.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    rollouts = fake_rollouts()
+    critic.head.double()
+    unsettle(critic)
+    critic.learn(rollouts, loss_of(rollouts))
+    assert len(calls) == 3  # for the loss, for the gradient, and again in its backward
+
+
 def test_nothing_changes_where_the_loss_has_no_gradient():
     _, critic = make("copy")
     rollouts = replace(fake_rollouts(), rewards=torch.zeros(12, dtype=torch.float64))

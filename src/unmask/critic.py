@@ -147,7 +147,7 @@ class Critic:
         self.trunk, self.need, self.micro_batch_size = trunk, need, micro_batch_size
         module: Any = trunk.policy.module
         # what is only ranked has no level: the gradient of a last bias would be rounding, which Adam makes large
-        self.head = _make_head(module, seed, has_level=need.reads == "prompt")
+        self.head = make_head(module, seed, has_level=need.reads == "prompt")
         groups = [{"params": list(self.head.parameters()), "lr": need.lr}]
         if trunk_parameters := list(trunk.parameters().values()):
             groups.append({"params": trunk_parameters, "lr": need.trunk_lr})
@@ -285,7 +285,7 @@ class Critic:
         self._fill(weights)
 
 
-def _make_head(module: Any, seed: int, *, has_level: bool) -> nn.Sequential:
+def make_head(module: Any, seed: int, *, has_level: bool) -> nn.Sequential:
     """H -> H/4 -> 1 in float32 or wider, the last layer zero, and without a bias unless `has_level`."""
     width = int(module.config.hidden_size)
     weight = module.get_output_embeddings().weight

@@ -72,6 +72,8 @@ class MaskedPolicy:
         """Another module with this policy's tokenizer and stop tokens."""
         policy = MaskedPolicy(module, self.tokenizer, name)
         policy.stop_token_ids = self.stop_token_ids
+        if self._checkpointed:
+            policy.enable_gradient_checkpointing()
         return policy
 
     def add_adapter(
