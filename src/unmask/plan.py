@@ -266,12 +266,13 @@ def checkpoint_bytes(trainer: Trainer) -> int:
     """Size of a checkpoint of the trainer as it stands: weights, optimiser and the batch in use."""
     module = trainer.policy.module  # type: ignore[attr-defined]
     tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in trained_parameters(module)}
+    values = trainer.value_model.state(keep=True) if trainer.value_model else None
     text = json.dumps(
         {
             "trainer": {name: pack(value, name, tensors) for name, value in vars(trainer.state).items()},
             "optimizer": pack(trainer.updates.state(keep=True), "optimizer", tensors),
             "buffer": pack(trainer.buffer.state(), "buffer", tensors),
-            "value_model": pack(trainer.value_model.state() if trainer.value_model else None, "value_model", tensors),
+            "value_model": pack(values, "value_model", tensors),
         }
     )
     header = sum(len(name) + 80 for name in tensors)  # type, shape and place of each tensor as JSON
