@@ -224,6 +224,19 @@ def test_a_model_that_the_algorithm_cannot_learn_on_leaves_no_directory(model, t
     assert not (tmp_path / "run").exists()
 
 
+def test_a_copy_computes_its_layers_again_as_the_policy_does():
+    policy = tiny_policy()
+    policy.enable_gradient_checkpointing()
+    critic = make_value_model(policy, reference_policy(policy), Needs(value=COMPLETION), seed=0, micro_batch_size=64)
+    calls = []
+    critic.trunk.policy.module.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    rollouts = fake_rollouts()
+    critic.head.double()
+    unsettle(critic)
+    critic.learn(rollouts, loss_of(rollouts))
+    assert len(calls) == 3  # for the loss, for the gradient, and again in its backward
+
+
 def test_nothing_changes_where_the_loss_has_no_gradient():
     _, critic = make("copy")
     rollouts = replace(fake_rollouts(), rewards=torch.zeros(12, dtype=torch.float64))
@@ -262,12 +275,11 @@ def test_saved_weights_come_back_and_others_are_refused(kind, tmp_path):
         fresh.restore(tmp_path / "energy")
 
 
-@pytest.mark.parametrize("switch", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
 @pytest.mark.parametrize("needs", [Needs(kl=True), Needs(value=PROMPT)], ids=["kl", "value"])
-def test_sharded_weights_are_refused_in_one_line(switch, needs, monkeypatch):
-    monkeypatch.setenv(switch, "true")
+def test_deepspeed_is_refused_in_one_line(needs, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     policy = tiny_policy()
-    with pytest.raises(ConfigError, match=r"need whole weights on every process. Launch with recipes/accelerate/ddp"):
+    with pytest.raises(ConfigError, match=r"cannot be had with DeepSpeed. Launch with recipes/accelerate/fsdp2"):
         make_value_model(policy, reference_policy(policy), needs, seed=0, micro_batch_size=8)
 
 

@@ -15,8 +15,10 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import nn
 
 from tests.estimate_run import read
+from unmask.bases import open_for_training, reference_policy
 from unmask.build import Recipe, train_recipe
 from unmask.cli import main
+from unmask.critic import make_value_model
 from unmask.errors import ConfigError, ModelError
 from unmask.estimation import costs, estimate_run, skeleton
 from unmask.estimation.footprint import Footprint, Lengths, warnings
@@ -40,13 +42,18 @@ def llada(hidden: int, layers: int, inner: int, vocab: int = 48, heads: int = 4)
     )  # fmt: skip
 
 
-def tables(path: Path, *, micro: int = 16, prompts: int = 2, group: int = 4, lora: int = 0) -> dict:
+ESPO = {"type": "espo", "num_iterations": 2, "num_masks": 2, "kl_coef": 0.01}
+
+
+def tables(
+    path: Path, *, micro: int = 16, prompts: int = 2, group: int = 4, lora: int = 0, algorithm: dict | None = None
+) -> dict:
     """A run of two updates on prompts and completions of 64 tokens."""
     sampler = {"type": "low_confidence", "gen_length": 64, "num_steps": 4}
     return {
         "model": {"path": str(path), **({"lora": {"rank": lora}} if lora else {})},
         "task": {"type": "sudoku"},
-        "algorithm": {"type": "espo", "num_iterations": 2, "num_masks": 2, "kl_coef": 0.01},
+        "algorithm": algorithm or ESPO,
         "sampler": sampler,
         "rollout": {"prompts_per_batch": prompts, "group_size": group, "batch_size": 4},
         "trainer": {"num_batches": 1, "micro_batch_size": micro, "save_every": 0, "monitor_rows": 4},
@@ -56,12 +63,16 @@ def tables(path: Path, *, micro: int = 16, prompts: int = 2, group: int = 4, lor
 
 # ---- against real runs
 
+DGA = {"type": "dga", "num_iterations": 2}
 GEOMETRIES = {
     "warm-up": (llada(32, 2, 64), tables(Path(), micro=4, group=2, lora=4)),
     "activations": (llada(128, 3, 384), tables(Path())),
     "activations-lora": (llada(128, 3, 384), tables(Path(), lora=16)),
     "weights": (llada(256, 4, 768), tables(Path(), micro=2, prompts=1, group=2)),
     "weights-lora": (llada(256, 4, 768), tables(Path(), micro=2, prompts=1, group=2, lora=64)),
+    # a value model with a copy of the weights, and with an adapter; its passes take as much as the updates
+    "energy": (llada(128, 3, 384), tables(Path(), micro=8, prompts=4, algorithm=DGA)),
+    "energy-lora": (llada(128, 3, 384), tables(Path(), micro=8, prompts=4, lora=64, algorithm=DGA)),
     "vocabulary": (llada(64, 2, 128, vocab=20_000), tables(Path(), micro=8, group=2)),
 }
 
@@ -96,7 +107,7 @@ def test_the_peak_is_what_a_real_run_grows_by(tmp_path):
 
 @needs_linux
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["weights", "weights-lora", "activations-lora", "vocabulary"])
+@pytest.mark.parametrize("name", ["weights", "weights-lora", "activations-lora", "vocabulary", "energy", "energy-lora"])
 def test_the_peak_is_what_real_runs_of_other_shapes_grow_by(name, tmp_path):
     pytest.importorskip("peft")
     check_growth(name, tmp_path)
@@ -233,6 +244,44 @@ def test_frozen_weights_have_no_gradients_and_no_copy(tmp_path):
     forward = lora.skeleton.forward_flops(128, 128**2, 32)
     assert lora.skeleton.backward_flops(forward, 128, False) < 1.2 * forward
     assert full.skeleton.backward_flops(forward, 128, False) == 2 * forward
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "lora"), [("dga", 0), ("dga", 4), ("embr_e", 4)], ids=["copy", "adapter", "head"]
+)
+def test_a_value_model_is_counted_as_it_is_built(algorithm, lora, tmp_path):
+    recipe = small_recipe(tmp_path, lora=lora, algorithm={"type": algorithm})
+    footprint = Footprint(recipe, Setting("h100"), Lengths(64, 64, 64, 4, 4))
+    LLaDAForMaskedLM(llada(128, 3, 384)).save_pretrained(tmp_path)
+    character_tokenizer("0123456789").save_pretrained(tmp_path)
+    policy = open_for_training(tmp_path, recipe.model, seed=0)
+    needs = recipe.algorithm.value.needs
+    critic = make_value_model(policy, reference_policy(policy), needs, seed=0, micro_batch_size=16)
+    rollouts = replace(footprint.sketch, rewards=torch.arange(8.0).double(), groups=torch.zeros(8).long())
+    critic.learn(rollouts, lambda values: (values * rollouts.rewards).sum())
+    states = [t for state in critic.optimizer.state.values() for t in state.values()]
+    sizes = footprint.value_sizes
+    assert sizes.num_parameters == sum(p.numel() for p in critic.parameters)
+    weights = sum(p.numel() * p.element_size() for p in critic.parameters)
+    assert sizes.trunk_bytes + sizes.head_bytes == weights + sum(t.numel() * t.element_size() for t in states)
+    kept = critic._seen[1] if algorithm == "embr_e" else torch.zeros(0)
+    assert sizes.state_bytes == kept.numel() * kept.element_size()
+    peak = footprint.phase("value")
+    assert footprint.phases.index("value") == 2 and peak["value model"] == weights + sizes.state_bytes + sum(
+        t.numel() * t.element_size() for t in states
+    )
+
+
+def test_the_flops_of_a_value_model_by_hand(tmp_path):
+    lengths = Lengths(40, 64, 64, 4, 4)
+    body, width, layers = 3 * (4 * 128**2 + 3 * 128 * 384), 128, 3
+    for algorithm, tokens, updates in (("dga", 104, 1), ("embr_e", 40, 0)):
+        recipe = small_recipe(tmp_path, algorithm={"type": algorithm})
+        found = {cost.name: cost for cost in costs(Footprint(recipe, Setting("h100"), lengths), rate=1e9)}
+        forward = 2 * body * tokens + 4 * tokens**2 * width * layers  # no output head
+        # the numbers of the 8 rows; for an update two forwards and a backward of two more
+        assert found["value model"].device_flops == pytest.approx(8 * forward * (1 + 4 * updates))
+        assert found["value model"].passes.backward_sequences == 8 * updates
 
 
 def test_shards_divide_what_ddp_repeats(tmp_path):

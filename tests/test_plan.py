@@ -6,17 +6,24 @@ import tomllib
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
-from tests.helpers import tiny_policy
+from tests.helpers import DigitSum, tiny_policy
 from unmask import scoring, trainer
-from unmask.build import Recipe, sft_recipe, supervised_base, train_recipe
+from unmask.bases import open_for_training
+from unmask.build import Named, Recipe, sft_recipe, supervised_base, train_recipe
+from unmask.checkpoint import list_checkpoints
 from unmask.cli import main
 from unmask.config import dump_toml
-from unmask.counting import count_passes, rehearse, sampling
+from unmask.counting import count_passes, rehearse, sampling, value_passes
+from unmask.critic import Critic
+from unmask.estimation.footprint import Footprint, Lengths
+from unmask.estimation.machines import Setting
 from unmask.launch import Evaluator, cached_base, run_recipe
 from unmask.models import MaskedPolicy
 from unmask.models.block import SDARConfig, SDARForMaskedLM
@@ -25,8 +32,9 @@ from unmask.plan import Measurement, Plan, plan_run, plan_text, size
 from unmask.rollout import GroupSource
 from unmask.run_log import SilentView
 from unmask.samplers import SAMPLERS
+from unmask.tasks import TASKS
 from unmask.trainer import Trainer
-from unmask.types import PromptBatch
+from unmask.types import Needs, PromptBatch
 
 SUDOKU = {"type": "sudoku", "num_train": 48, "num_validation": 20, "num_test": 16}
 TINY = {"hidden_size": 16, "num_layers": 2, "num_heads": 2, "intermediate_size": 32}
@@ -68,16 +76,26 @@ class Count:
         self.calls, self.sequences, self.backwards = Counter(), Counter(), Counter()
         self.kind = ""
         forward, backward, score_copies = MaskedPolicy.token_outputs, Accelerator.backward, scoring.score_copies
+        value = Critic._value
 
         def token_outputs(policy, canvas, *args, **kwargs):
-            self.calls[self.kind_of(policy)] += 1
-            if self.kind in ("collect", "evaluation", "final"):
-                self.sequences[self.kind] += len(canvas)
+            kind = "value model" if kwargs.get("want") == ("pooled",) else self.kind_of(policy)
+            self.calls[kind] += 1
+            if kind in ("collect", "evaluation", "final", "value model"):
+                self.sequences[kind] += len(canvas)
             return forward(policy, canvas, *args, **kwargs)
 
         def count_copies(policy, rollouts, corruption, copies, **kwargs):
             self.sequences[self.kind_of(policy)] += len(copies)  # those without a mask, which cost nothing, included
+            if kwargs.get("kl_to") is not None:
+                self.sequences["kl"] += len(copies)
             return score_copies(policy, rollouts, corruption, copies, **kwargs)
+
+        def count_value(critic, *args):
+            out = value(critic, *args)
+            if out.requires_grad and critic.need.is_trunk_trained:
+                out.register_hook(lambda grad: self.backwards.update(["value model"]))
+            return out
 
         def count_backward(accelerator, loss):
             self.backwards[self.kind] += 1
@@ -87,6 +105,7 @@ class Count:
         monkeypatch.setattr(scoring, "score_copies", count_copies)
         monkeypatch.setattr(trainer, "score_copies", count_copies)
         monkeypatch.setattr(Accelerator, "backward", count_backward)
+        monkeypatch.setattr(Critic, "_value", count_value)
         for owner, name, kind in (
             (GroupSource, "collect", "collect"),
             (Trainer, "score_fixed", "old policy"),
@@ -98,7 +117,9 @@ class Count:
             monkeypatch.setattr(owner, name, self.within(getattr(owner, name), kind))
 
     def kind_of(self, policy) -> str:
-        return "reference" if policy.name == "reference" and self.kind == "old policy" else self.kind
+        if policy.name != "reference":
+            return self.kind
+        return {"old policy": "reference", "update": "kl"}.get(self.kind, self.kind)
 
     def within(self, function, kind):
         def labelled(*args, **kwargs):
@@ -142,6 +163,40 @@ def test_a_real_run_makes_the_planned_passes(algorithm, num_masks, model, tmp_pa
     count = Count(monkeypatch)
     run_recipe(recipe, tmp_path / "run", SilentView())
     assert_equal(list(count_passes(recipe, num_masks, num_held_out=20, num_final=16)), count)
+
+
+@pytest.mark.parametrize(
+    "algorithm",
+    [
+        {"type": "dga", "energy_updates": 2},  # layers of its own, and the reference in every update
+        {"type": "dga", "mode": "sum", "num_masks": 4, "use_energy": False},
+        {"type": "embr_e"},  # a head on the reference's states, which are read once a batch
+    ],
+    ids=["energy", "kl", "head"],
+)
+def test_a_real_run_with_a_value_model_or_an_exact_kl_makes_the_planned_passes(algorithm, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "digit_sum", DigitSum)  # whose rewards differ, so that there is something to learn
+    tables = train_tables(model, **algorithm)
+    tables["task"] = {"type": "digit_sum"}
+    recipe = train_recipe(tables, tmp_path)
+    num_masks = Footprint(recipe, Setting(), Lengths(4, 4, 4, 20, 20)).draw.num_masks
+    count = Count(monkeypatch)
+    run_recipe(recipe, tmp_path / "run", SilentView())
+    passes = list(count_passes(recipe, num_masks, num_held_out=20, num_final=20))
+    assert {item.name for item in passes} & {"kl", "value model"}
+    assert_equal(passes, count)
+
+
+def test_values_that_follow_the_objective_are_read_again_after_each_update(model, tmp_path):
+    """No algorithm here has layers of its own without a loss of its own: 3 batches of 12 rows in micro-batches of 9."""
+    recipe = train_recipe(train_tables(model, type="dga"), tmp_path)
+    follows = replace(recipe.algorithm.value.needs.value, loss=None)
+    algorithm = SimpleNamespace(needs=Needs(value=follows), num_iterations=2)
+    first, later = value_passes(replace(recipe, algorithm=Named("mine", algorithm)))
+    assert (first.phase, first.forwards, first.sequences, first.backwards) == ("score", 6, 36, 0)
+    # for each update a forward without gradient, one with, one for the new numbers
+    assert (later.phase, later.forwards, later.sequences) == ("update", 2 * 3 * 6, 2 * 3 * 36)
+    assert (later.backwards, later.backward_sequences) == (2 * 6, 2 * 36)
 
 
 @pytest.mark.parametrize("change", [{}, {"monitor_rows": 0, "eval_every": 0}, {"num_batches": 1, "monitor_rows": 99}])
@@ -218,6 +273,37 @@ def test_planned_checkpoints_and_disk_are_what_a_run_leaves(model, tmp_path, mon
     assert disk["logs"] == pytest.approx(logs, rel=0.05)
     weights = sum((tmp_path / "run" / name / "model.safetensors").stat().st_size for name in ("model", "best"))
     assert disk["models"] == pytest.approx(weights, rel=0.1)
+
+
+@pytest.mark.parametrize("kind", ["copy", "adapter", "reference"])
+def test_a_planned_value_model_is_what_a_run_saves(kind, model, tmp_path, monkeypatch):
+    monkeypatch.setitem(TASKS, "digit_sum", DigitSum)
+    tables = train_tables(model, type="embr_e" if kind == "reference" else "dga")
+    tables["task"] = {"type": "digit_sum"}
+    tables["trainer"] |= {"num_batches": 1, "save_every": 1}
+    if kind == "adapter":
+        tables["model"] |= {"lora": {"rank": 4, "alpha": 8.0}}
+    recipe = train_recipe(tables, tmp_path)
+    plan = plan_run(recipe)
+    run_recipe(recipe, tmp_path / "run", SilentView())
+    weights = load_file(tmp_path / "run" / "energy" / "weights.safetensors")
+    planned = plan.measured.value_model
+    assert planned.kind == kind and planned.num_parameters == sum(t.numel() for t in weights.values())
+    assert planned.weight_bytes == sum(t.numel() * t.element_size() for t in weights.values())
+    path = min(list_checkpoints(tmp_path / "run" / "checkpoints"))  # within the batch, as a planned one
+    saved = load_file(path / "tensors.safetensors")
+    moments = [t for name, t in saved.items() if name.startswith("value_model.optimizer") and t.dim()]
+    assert planned.optimizer_bytes == sum(t.numel() * t.element_size() for t in moments) > 0
+    assert tree_bytes(path) == pytest.approx(plan.measured.checkpoint_bytes, rel=0.1)
+    assert f"# value model  {planned.num_parameters:,} parameters more (head" in plan_text(plan)
+    policy = sum(p.numel() for p in open_for_training(model, recipe.model, seed=0).module.parameters())
+    assert plan.num_parameters == policy  # none of the value model's among them
+    prompts, canvases = (plan.measured.prompt_tokens, plan.measured.tokens)
+    assert canvases - prompts == recipe.sampler.value.gen_length
+    (learning,) = (item for item in plan.passes if item.name == "value model")
+    tokens = prompts if kind == "reference" else canvases
+    multiple = 1 if kind == "reference" else 3 + 2  # forwards of 12 rows: two for the update, one for the numbers
+    assert plan.pass_flops(learning) == pytest.approx(2 * policy * tokens * 12 * multiple)
 
 
 def recording(name: str, paths: list):

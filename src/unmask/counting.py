@@ -14,6 +14,9 @@ from unmask.noise import Noise
 from unmask.scoring import micro_batches
 from unmask.types import PromptBatch, Sampler, TokenOutput
 
+VALUE_PASSES = ("value model", "value update")
+"""Names of the passes of a learned number about each row."""
+
 
 @dataclass(frozen=True)
 class Passes:
@@ -29,6 +32,8 @@ class Passes:
     sequences: int
     backwards: int = 0  # calls; each follows one of the forwards
     backward_sequences: int = 0
+    is_prompt_alone: bool = False
+    """Canvases are prompts without completions."""
 
     def flops(self, num_parameters: int, tokens: float) -> float:
         """2ND a sequence forward, 4ND backward: N parameters, D tokens of a canvas."""
@@ -44,11 +49,12 @@ def count_passes(
     num_evidence: int = 0,
 ) -> Iterator[Passes]:
     """Every model pass of the run; `num_masks` is K of one draw, then numbers of examples, `block_size` the policy's,
-    and K of the copies that weights of whole rollouts are made of. The passes of a value model are not among them.
+    and K of the copies that weights of whole rollouts are made of.
 
     collect     S forwards a rollout; of trees the forwards of the edges, of re-rolls those to be expected
     old         one for each draw but the first          reference  one for each draw
     evidence    one for each model that reads it         kl         the reference in every pass of an update
+    value model see `value_passes`
     monitor     2 copies of some rollouts, policy and reference
     update      μ (+ μ where a first pass is needed)
     """
@@ -65,6 +71,7 @@ def count_passes(
     yield scoring(recipe, "evidence", num_evidence, 1 + needs.evidence_old if num_evidence else 0)
     if needs.kl:
         yield replace(scoring(recipe, "kl", num_masks, passes * algorithm.num_iterations), phase="update")
+    yield from value_passes(recipe)
     if trainer.monitor_rows:
         models = 1 if recipe.is_supervised else 2
         yield scoring(recipe, "monitor", 2, models, most_rows=trainer.monitor_rows)
@@ -97,6 +104,33 @@ def scoring(recipe: Recipe, name: str, num_masks: int, times: int, most_rows: in
         forwards += batches * times * (num_parts(rows, num_masks, size) if times else 0)
         sequences += batches * times * rows * num_masks
     return Passes(name, "score", forwards, sequences)
+
+
+def value_passes(recipe: Recipe) -> Iterator[Passes]:
+    """Passes of the model that learns a number about each row, each over all rows as they are, without a mask.
+
+    Frozen layers are read once for a batch. Trained ones are read for the numbers of the batch, and each of their
+    updates takes a forward for the loss and one for the backward; those that follow the objective's loss come in the
+    update, and a new reading after each. An update is taken to find a gradient: where all values of a batch are as
+    they should be there is no second forward.
+    """
+    algorithm = recipe.algorithm.value
+    need = algorithm.needs.value
+    if need is None:
+        return
+
+    def passes(name: str, phase: str, readings: int, updates: int = 0) -> Passes:
+        once = scoring(recipe, name, 1, 1)
+        times = readings + 2 * updates
+        backwards = (updates * once.forwards, updates * once.sequences)
+        is_prompt = need.reads == "prompt"
+        return Passes(name, phase, times * once.forwards, times * once.sequences, *backwards, is_prompt)
+
+    has_loss, is_trained = need.loss is not None, need.is_trunk_trained
+    first, later = VALUE_PASSES
+    yield passes(first, "score", 1, need.num_updates if has_loss and is_trained else 0)
+    if is_trained and not has_loss:
+        yield passes(later, "update", algorithm.num_iterations, algorithm.num_iterations)
 
 
 def evaluation_passes(

@@ -11,20 +11,22 @@ import copy
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from unmask.errors import ConfigError, DataError, TrainingError
 from unmask.models import LoraConfig, MaskedPolicy
 from unmask.models.adapters import POLICY, adapter_parameters, adapting
 from unmask.noise import Noise
-from unmask.ranks import gather_rows, num_ranks, own_rows
-from unmask.sharding import fsdp2, zero
+from unmask.ranks import gather_rows, own_rows
+from unmask.sharding import add_up, clip, fill, gathered, load_state, place, slice_again, whole_tensors, zero
 from unmask.types import Needs, Rollouts, ValueNeeds, take_rows
 
 ENERGY = "energy"
@@ -37,17 +39,25 @@ BETAS, WEIGHT_DECAY, MAX_GRAD_NORM = (0.9, 0.99), 0.1, 0.2
 
 
 def make_value_model(
-    policy: MaskedPolicy, reference: MaskedPolicy | None, needs: Needs, *, seed: int, micro_batch_size: int
+    policy: MaskedPolicy,
+    reference: MaskedPolicy | None,
+    needs: Needs,
+    *,
+    seed: int,
+    micro_batch_size: int,
+    accelerator: Accelerator | None = None,
 ) -> Critic | None:
-    """What `needs.value` asks for, None if nothing; called before the trainer wraps the policy.
+    """What `needs.value` asks for, None if nothing, placed as the accelerator says.
+
+    Called before the trainer wraps or shards the policy. Collective if the reference is in slices.
 
     Raises: ConfigError or ModelError where the launcher or the model cannot give what `needs.value` and `needs.kl` ask.
     """
     need = needs.value
-    if (needs.kl or need) and (fsdp2.is_wanted() or zero.is_wanted()):
+    if (needs.kl or need) and zero.is_wanted():
         raise ConfigError(
-            "algorithm: its full-vocabulary KL and its value model need whole weights on every process. Launch with "
-            "recipes/accelerate/ddp.yaml."
+            "algorithm: its full-vocabulary KL and its value model cannot be had with DeepSpeed. Launch with "
+            "recipes/accelerate/fsdp2.yaml or ddp.yaml."
         )
     if needs.kl and reference is not None:
         reference.head_weight()
@@ -56,13 +66,19 @@ def make_value_model(
     if not need.is_trunk_trained and reference is None:
         raise ConfigError("algorithm: its value is read from the reference policy, and this run has none. Give one.")
     key = Noise(seed).stream("value_model").key & 0x7FFFFFFFFFFFFFFF
-    trunk = _trained_trunk(policy, seed=key) if need.is_trunk_trained else FrozenTrunk(reference)
-    return Critic(trunk, need, seed=key, micro_batch_size=micro_batch_size)
+    trunk = _trained_trunk(policy, key, accelerator) if need.is_trunk_trained else FrozenTrunk(reference)
+    critic = Critic(trunk, need, seed=key, micro_batch_size=micro_batch_size)
+    if accelerator:
+        critic.head.to(accelerator.device)
+    return critic
 
 
-def _trained_trunk(policy: MaskedPolicy, *, seed: int) -> AdapterTrunk | CopyTrunk:
+def _trained_trunk(policy: MaskedPolicy, seed: int, accelerator: Accelerator | None) -> AdapterTrunk | CopyTrunk:
     if not policy.switch:
-        return CopyTrunk(policy.with_module(copy.deepcopy(policy.module), ENERGY))
+        trunk = CopyTrunk(policy.with_module(copy.deepcopy(policy.module), ENERGY))
+        if accelerator:
+            place(trunk.policy.module, accelerator)
+        return trunk
     own = policy.switch.module.peft_config[POLICY]
     targets = {name.rsplit(".", 1)[-1] for name in own.target_modules}  # a loaded adapter has whole names
     shape = LoraConfig(rank=own.r, alpha=own.lora_alpha, targets=tuple(sorted(targets)))
@@ -123,8 +139,14 @@ class AdapterTrunk:
         assert self.policy.switch
         return dict(adapter_parameters(self.policy.switch.module, ENERGY))
 
-    def learning(self) -> AbstractContextManager[None]:
-        return self.policy.learning(ENERGY)
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        slice_again(self.policy.module)  # what is open to gradients is marked on the slices
+        with self.policy.learning(ENERGY):
+            try:
+                yield
+            finally:
+                slice_again(self.policy.module)
 
     def reading(self) -> AbstractContextManager[None]:
         return self.policy.use(ENERGY)
@@ -140,19 +162,25 @@ class Critic:
 
     The mean is over the completion up to and including its stop token, behind its prompt and without a mask; or over
     the tokens of the prompt but its first, the prompt alone. Every process computes its own rows, and gradients are
-    added up, so that all hold the same weights.
+    added up, so that all hold the same weights, or slices of them: under FSDP2 the trunk is sharded as the policy is,
+    and the head is whole everywhere.
     """
 
     def __init__(self, trunk: Trunk, need: ValueNeeds, *, seed: int, micro_batch_size: int):
         self.trunk, self.need, self.micro_batch_size = trunk, need, micro_batch_size
         module: Any = trunk.policy.module
         # what is only ranked has no level: the gradient of a last bias would be rounding, which Adam makes large
-        self.head = _make_head(module, seed, has_level=need.reads == "prompt")
-        groups = [{"params": list(self.head.parameters()), "lr": need.lr}]
-        if trunk_parameters := list(trunk.parameters().values()):
-            groups.append({"params": trunk_parameters, "lr": need.trunk_lr})
-        self.optimizer = torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY)
+        self.head = make_head(module, seed, has_level=need.reads == "prompt")
         self._seen: tuple[Rollouts, Tensor] | None = None
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """Made when it is first asked for: the trainer may put the policy in slices, which replaces parameters."""
+        slice_again(self.trunk.policy.module)
+        groups = [{"params": list(self.head.parameters()), "lr": self.need.lr}]
+        if trunk_parameters := list(self.trunk.parameters().values()):
+            groups.append({"params": trunk_parameters, "lr": self.need.trunk_lr})
+        return torch.optim.AdamW(groups, betas=BETAS, weight_decay=WEIGHT_DECAY)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -189,10 +217,8 @@ class Critic:
     def _step(self) -> float:
         """Add up the processes' gradients, clip and update; returns the norm before clipping."""
         used = [p for p in self.parameters if p.grad is not None]  # the same ones on every process
-        if num_ranks() > 1:
-            for parameter in used:
-                distributed.all_reduce(parameter.grad)
-        norm = float(nn.utils.clip_grad_norm_(used, MAX_GRAD_NORM))
+        add_up(used)
+        norm = clip(used, MAX_GRAD_NORM)
         _require_finite("gradient norm", norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -208,7 +234,8 @@ class Critic:
             pooled = self._pooled(take_rows(rollouts, rows))
         else:
             pooled = self._frozen_states(rollouts)[rows]
-        value: Tensor = self.head(pooled).squeeze(-1)
+        # FSDP2's mixed precision gives outputs in half precision
+        value: Tensor = self.head(pooled.to(next(self.head.parameters()).dtype)).squeeze(-1)
         return value
 
     @torch.no_grad()
@@ -240,32 +267,38 @@ class Critic:
         return pooled
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """Every weight under its name in checkpoints and files."""
+        """Every weight, or this process's slice of it, under its name in checkpoints and files."""
+        slice_again(self.trunk.policy.module)
         named = {f"trunk.{name}": p for name, p in self.trunk.parameters().items()}
         return named | {f"head.{name}": p for name, p in self.head.named_parameters()}
 
-    def state(self) -> dict[str, Any]:
-        """Weights and optimiser, for a checkpoint."""
-        return {"weights": dict(self.tensors()), "optimizer": self.optimizer.state_dict()}
+    def weights(self, *, keep: bool = True) -> dict[str, Tensor]:
+        """Copies of the whole weights on CPU; an empty dict if not `keep`. Collective."""
+        names = list(self.trunk.parameters())
+        trunk = whole_tensors(self.trunk.policy.module, names, keep=keep)
+        head = whole_tensors(self.head, [name for name, _ in self.head.named_parameters()], keep=keep)
+        return {f"trunk.{name}": t for name, t in trunk.items()} | {f"head.{name}": t for name, t in head.items()}
+
+    def state(self, *, keep: bool = True) -> dict[str, Any]:
+        """Weights and optimiser, for a checkpoint; their tensors left out if not `keep`. Collective."""
+        return {"weights": self.weights(keep=keep), "optimizer": gathered(self.optimizer.state_dict(), keep=keep)}
 
     def load(self, state: dict[str, Any]) -> None:
-        """Go on from such a state, whose keys may have become text."""
+        """Go on from such a state, whose keys may have become text. Collective."""
         self._fill(state["weights"])
-        moments = {int(number): values for number, values in state["optimizer"]["state"].items()}
-        for values in moments.values():
-            values["step"] = values["step"].cpu()
-        self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
+        load_state(self.optimizer, state["optimizer"])
 
-    @torch.no_grad()
     def _fill(self, weights: Mapping[str, Tensor]) -> None:
         for name, parameter in self.tensors().items():
-            parameter.copy_(weights[name])
+            fill(parameter, weights[name])
 
-    def save(self, directory: Path) -> None:
-        """Write the weights and what they belong to, as safetensors and JSON."""
+    def save(self, directory: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """Write the weights and what they belong to, as safetensors and JSON.
+
+        `weights` are what `weights` has gathered, where other processes hold slices of them.
+        """
         directory.mkdir(parents=True, exist_ok=True)
-        weights = {name: p.detach().cpu().contiguous().clone() for name, p in self.tensors().items()}
-        save_file(weights, directory / WEIGHTS)
+        save_file(dict(self.weights() if weights is None else weights), directory / WEIGHTS)
         content = {"format": FORMAT, "reads": self.need.reads, "trunk": self.trunk.kind}
         (directory / CONTENT).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
@@ -285,7 +318,7 @@ class Critic:
         self._fill(weights)
 
 
-def _make_head(module: Any, seed: int, *, has_level: bool) -> nn.Sequential:
+def make_head(module: Any, seed: int, *, has_level: bool) -> nn.Sequential:
     """H -> H/4 -> 1 in float32 or wider, the last layer zero, and without a bias unless `has_level`."""
     width = int(module.config.hidden_size)
     weight = module.get_output_embeddings().weight

@@ -64,7 +64,7 @@ def run_recipe(recipe: Recipe, output: str | Path, view: View, *, resume: bool =
     check_source(policy, recipe, source)
     reference = None if recipe.is_supervised else reference_policy(policy, accelerator)
     digest = weights_digest(policy.module)  # before the trainer wraps or shards it
-    values = open_value_model(recipe, policy, reference)
+    values = open_value_model(recipe, policy, reference, accelerator)
     if rank() == 0 and not resume:
         run.create(dump_toml(recipe.tree()))
     carried: dict[str, Any] = {"base": [], "base_weights": digest}
@@ -130,10 +130,12 @@ def open_buffer(recipe: Recipe) -> Buffer | None:
     return Buffer(recipe.rollout.buffer, Noise(recipe.seed).stream("train")) if recipe.rollout else None
 
 
-def open_value_model(recipe: Recipe, policy: MaskedPolicy, reference: MaskedPolicy | None) -> Critic | None:
+def open_value_model(
+    recipe: Recipe, policy: MaskedPolicy, reference: MaskedPolicy | None, accelerator: Accelerator | None = None
+) -> Critic | None:
     """What the algorithm learns beside the policy, if anything; opened before the trainer wraps the policy."""
     needs, size = recipe.algorithm.value.needs, recipe.trainer.micro_batch_size
-    return make_value_model(policy, reference, needs, seed=recipe.seed, micro_batch_size=size)
+    return make_value_model(policy, reference, needs, seed=recipe.seed, micro_batch_size=size, accelerator=accelerator)
 
 
 def make_accelerator(tracking: TrackingConfig, run: RunDirectory) -> Accelerator:
@@ -218,8 +220,10 @@ def train_loop(
         for tracker in accelerator.trackers:
             tracker.finish()
     log.save_model("model")
-    if values and rank() == 0:
-        run.save_model("energy", values.save)
+    if values:
+        weights = values.weights(keep=rank() == 0)
+        if rank() == 0:
+            run.save_model("energy", lambda path: values.save(path, weights))
 
 
 class Evaluator:

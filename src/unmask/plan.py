@@ -20,6 +20,7 @@ from unmask.build import Recipe, supervised_base
 from unmask.checkpoint import pack
 from unmask.config import dump_toml
 from unmask.counting import Passes, batch_rows, count_passes, num_collected, sampling
+from unmask.critic import Critic
 from unmask.launch import Evaluator, check_source, open_buffer, open_source, open_value_model
 from unmask.models import MaskedPolicy, build_tiny
 from unmask.noise import Noise
@@ -43,6 +44,18 @@ class Measurement:
     bytes_per_batch: float  # rows of the logs
     bytes_per_step: float
     num_evidence: int = 0  # K of the copies that weights of whole rollouts are made of
+    prompt_tokens: float = 0.0  # mean tokens of a prompt
+    value_model: ValueModelSize | None = None
+
+
+@dataclass(frozen=True)
+class ValueModelSize:
+    """What the model that learns a number about each row adds to a run."""
+
+    kind: str  # of its trunk: "adapter", "copy" or "reference"
+    num_parameters: int  # all trained: head, and layers of its own
+    weight_bytes: int
+    optimizer_bytes: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +76,12 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        return sum(item.flops(self.num_parameters, self.measured.tokens) for item in self.passes)
+        return sum(map(self.pass_flops, self.passes))
+
+    def pass_flops(self, item: Passes) -> float:
+        """Of passes of one kind. A value model has the policy's layers, or the reference's."""
+        tokens = self.measured.prompt_tokens if item.is_prompt_alone else self.measured.tokens
+        return item.flops(self.num_parameters, tokens)
 
     @property
     def hours(self) -> dict[str, float]:
@@ -88,9 +106,10 @@ class Plan:
         trainer = self.recipe.trainer
         logs = self.measured.bytes_per_batch * trainer.num_batches + self.measured.bytes_per_step * self.num_updates
         has_best = bool(self.recipe.task and trainer.eval_every)
+        value = self.measured.value_model
         return {
             "checkpoints": self.checkpoints[1] * self.measured.checkpoint_bytes,
-            "models": (1 + has_best) * self.weight_bytes,
+            "models": (1 + has_best) * self.weight_bytes + (value.weight_bytes if value else 0),
             "logs": int(logs),
         }
 
@@ -108,9 +127,9 @@ def plan_run(recipe: Recipe) -> Plan:
     policy.module.to(Accelerator(cpu=not torch.accelerator.is_available()).device)
     if evaluator:
         evaluator.attach(policy)
+    parameters = list(policy.module.parameters())  # before a value model adds its own
     measured = measure(recipe, policy, evaluator)
     num_held_out, num_final = (len(evaluator.held_out), len(evaluator.final)) if evaluator else (0, 0)
-    parameters = list(policy.module.parameters())
     return Plan(
         recipe=recipe,
         num_parameters=sum(p.numel() for p in parameters),
@@ -146,6 +165,7 @@ def measure(recipe: Recipe, policy: MaskedPolicy, evaluator: Evaluator | None) -
     source = open_source(recipe)
     check_source(policy, recipe, source)
     reference = None if recipe.is_supervised else reference_policy(policy)
+    values = open_value_model(recipe, policy, reference)
     trainer = Trainer(
         policy,
         reference,
@@ -157,7 +177,7 @@ def measure(recipe: Recipe, policy: MaskedPolicy, evaluator: Evaluator | None) -
         accelerator=Accelerator(cpu=not torch.accelerator.is_available()),
         listeners=(recorder,),
         buffer=open_buffer(recipe),
-        value_model=open_value_model(recipe, policy, reference),
+        value_model=values,
     )
     trainer.run()
     seconds = {phase: recorder.seconds(phase) for phase in ("collect", "score", "update")}
@@ -173,6 +193,22 @@ def measure(recipe: Recipe, policy: MaskedPolicy, evaluator: Evaluator | None) -
         checkpoint_bytes=recorder.checkpoint_bytes,
         bytes_per_batch=json_bytes(rows),
         bytes_per_step=json_bytes(recorder.rows) / len(recorder.timing),
+        prompt_tokens=float(tokens),
+        value_model=value_model_size(values) if values else None,
+    )
+
+
+def value_model_size(values: Critic) -> ValueModelSize:
+    """Of a value model, with AdamW's two moments of each weight that is used: a copy's output head is not."""
+    module: Any = values.trunk.policy.module
+    weights, outer = values.parameters, module.get_output_embeddings().weight
+    is_unused = outer is not module.get_input_embeddings().weight
+    moved = [p for p in weights if not (is_unused and p is outer)]
+    return ValueModelSize(
+        kind=values.trunk.kind,
+        num_parameters=sum(p.numel() for p in weights),
+        weight_bytes=sum(p.numel() * p.element_size() for p in weights),
+        optimizer_bytes=2 * sum(p.numel() * p.element_size() for p in moved),
     )
 
 
@@ -230,11 +266,13 @@ def checkpoint_bytes(trainer: Trainer) -> int:
     """Size of a checkpoint of the trainer as it stands: weights, optimiser and the batch in use."""
     module = trainer.policy.module  # type: ignore[attr-defined]
     tensors: dict[str, Tensor] = {f"model.{name}": p.detach() for name, p in trained_parameters(module)}
+    values = trainer.value_model.state(keep=True) if trainer.value_model else None
     text = json.dumps(
         {
             "trainer": {name: pack(value, name, tensors) for name, value in vars(trainer.state).items()},
             "optimizer": pack(trainer.updates.state(keep=True), "optimizer", tensors),
             "buffer": pack(trainer.buffer.state(), "buffer", tensors),
+            "value_model": pack(values, "value_model", tensors),
         }
     )
     header = sum(len(name) + 80 for name in tensors)  # type, shape and place of each tensor as JSON
@@ -265,6 +303,7 @@ def plan_lines(plan: Plan) -> list[str]:
         *batch_lines(recipe),
         f"updates      {plan.num_updates:,}, each on masked copies of every completion: {measured.num_masks}",
         f"model        {plan.num_parameters:,} parameters, {measured.tokens:.1f} tokens a canvas",
+        *value_lines(measured.value_model),
         "",
         *pass_table(plan),
         "",
@@ -306,12 +345,21 @@ def batch_lines(recipe: Recipe) -> list[str]:
     return lines
 
 
+def value_lines(value: ValueModelSize | None) -> list[str]:
+    """The value model's own parameters, if there is one."""
+    if value is None:
+        return []
+    trunk = {"adapter": "head and adapter", "copy": "head and a copy of the model", "reference": "head"}[value.kind]
+    sizes = f"{size(value.weight_bytes)}, its optimiser {size(value.optimizer_bytes)}"
+    return [f"value model  {value.num_parameters:,} parameters more ({trunk}), {sizes}"]
+
+
 def pass_table(plan: Plan) -> list[str]:
     """One line for each kind of pass, and their sum."""
     line = "{:15s} {:>12s} {:>14s} {:>12s} {:>10s}"
     rows = [line.format("pass", "forwards", "sequences", "backwards", "FLOPs")]
     for p in filter(lambda item: item.forwards, plan.passes):
-        flops = f"{p.flops(plan.num_parameters, plan.measured.tokens):.2e}"
+        flops = f"{plan.pass_flops(p):.2e}"
         rows.append(line.format(p.name, f"{p.forwards:,}", f"{p.sequences:,}", f"{p.backwards:,}", flops))
     total = [sum(getattr(p, key) for p in plan.passes) for key in ("forwards", "sequences", "backwards")]
     return [*rows, line.format("all", *(f"{n:,}" for n in total), f"{plan.flops:.2e}")]

@@ -198,13 +198,14 @@ class RunLog:
         self.saved_step = trainer.state.step
         tensors = self.weights()
         optimizer = trainer.updates.state(keep=self.is_writer)
+        values = trainer.value_model.state(keep=self.is_writer) if trainer.value_model else None
         if not self.is_writer:
             return
         state = {
             "trainer": {name: pack(value, name, tensors) for name, value in vars(trainer.state).items()},
             "optimizer": pack(optimizer, "optimizer", tensors),
             "buffer": pack(trainer.buffer.state(), "buffer", tensors),
-            "value_model": pack(trainer.value_model.state() if trainer.value_model else None, "value_model", tensors),
+            "value_model": pack(values, "value_model", tensors),
             "positions": self.run.positions(),
             "carried": self.carried,
         }

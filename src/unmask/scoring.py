@@ -73,7 +73,9 @@ def score_copies(
         with torch.no_grad():
             states = kl_to.token_outputs(canvas, attention_mask, positions, want=("hidden",)).hidden
         assert states is not None  # it was wanted
-        options["reference"] = ReferenceStates(states, kl_to.head_weight())
+        # adapters have one head in common, which the forward has at hand also where weights are in slices
+        is_same_model = getattr(kl_to, "parent", None) is policy
+        options["reference"] = ReferenceStates(states, None if is_same_model else kl_to.head_weight())
     out = policy.token_outputs(canvas, attention_mask, positions, targets=completions[seen], want=want, **options)
 
     place = (scored & live[:, None]).flatten().nonzero().squeeze(-1)  # (N,) flat places in (C, L)

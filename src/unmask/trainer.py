@@ -36,8 +36,8 @@ class ValueModel(Protocol):
         """One update of its weights on a loss of the values (B,); numbers for the log."""
         ...
 
-    def state(self) -> dict[str, Any]:
-        """Weights and optimiser, for a checkpoint."""
+    def state(self, *, keep: bool) -> dict[str, Any]:
+        """Weights and optimiser with whole tensors, for a checkpoint; without tensors if not `keep`. Collective."""
         ...
 
     def load(self, state: dict[str, Any]) -> None: ...

@@ -290,7 +290,7 @@ class ReferenceStates:
     """What a KL to the reference is computed from, without gradient."""
 
     hidden: Tensor  # (N, H), its `TokenOutput.hidden` at the same positions
-    head: Tensor  # (V, H), the matrix that turns them into logits
+    head: Tensor | None  # (V, H), the matrix that turns them into logits; None: the compared model's own, frozen
 
 
 class Policy(Protocol):
@@ -343,7 +343,10 @@ class Policy(Protocol):
         ...
 
     def head_weight(self) -> Tensor:
-        """(V, H), the matrix that turns hidden states into logits. Raises: ModelError where there is no such matrix."""
+        """(V, H), the matrix that turns hidden states into logits; gathered, and so collective, where it is in slices.
+
+        Raises: ModelError where there is no such matrix.
+        """
         ...
 
 

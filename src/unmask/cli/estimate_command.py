@@ -114,6 +114,8 @@ def show(estimate: Estimate) -> None:
     device = f"{setting.num_gpus} x {setting.machine}" + (f", {kind}" if setting.num_gpus > 1 else "")
     print(f"{'supervised training' if recipe.is_supervised else recipe.algorithm.name} on {device}")
     print(f"parameters  {estimate.num_parameters:,}, trained {estimate.num_trained:,} ({share:.3g} %)")
+    if estimate.num_value:
+        print(f"value model {estimate.num_value:,} parameters more, all trained")
     print(
         f"canvas      {lengths.mean_prompt:.1f} prompt tokens (longest {lengths.longest_prompt}) and "
         f"{lengths.completion} of completion; {estimate.num_masks} masked copies of each"

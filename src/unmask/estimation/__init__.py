@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from unmask.build import Recipe
-from unmask.counting import Passes, count_passes
+from unmask.counting import VALUE_PASSES, Passes, count_passes
 from unmask.demonstrations import read_demonstrations
 from unmask.errors import ConfigError, UnmaskError
 from unmask.estimation.footprint import PARTS, Footprint, Lengths, warnings
@@ -55,6 +55,8 @@ class Estimate:
     num_masks: int
     num_parameters: int
     num_trained: int
+    num_value: int
+    """Of the value model, all trained; none of them among the others."""
     phases: dict[str, Counter[str]]  # bytes by part
     costs: list[Cost]
     assumptions: list[str]
@@ -76,7 +78,11 @@ class Estimate:
             "device": self.setting.machine,
             "num_gpus": self.setting.num_gpus,
             "sharded": self.setting.is_sharded,
-            "parameters": {"total": self.num_parameters, "trained": self.num_trained},
+            "parameters": {
+                "total": self.num_parameters,
+                "trained": self.num_trained,
+                "value_model": self.num_value,
+            },
             "tokens": {
                 "prompt_mean": self.lengths.mean_prompt,
                 "prompt_longest": self.lengths.longest_prompt,
@@ -130,6 +136,7 @@ def estimate_run(recipe: Recipe, setting: Setting) -> Estimate:
         num_masks=footprint.draw.num_masks,
         num_parameters=skeleton.num_parameters,
         num_trained=skeleton.num_trained,
+        num_value=footprint.value_sizes.num_parameters,
         phases=phases,
         costs=costs(footprint, rate),
         assumptions=assumptions,
@@ -185,13 +192,15 @@ def costs(footprint: Footprint, rate: float) -> list[Cost]:
         if not passes.forwards:
             continue
         sampler = recipe.sampler if passes.phase == "collect" else recipe.evaluation_sampler
-        tokens = lengths.mean_prompt + lengths.completion
+        tokens = lengths.mean_prompt + (0 if passes.is_prompt_alone else lengths.completion)
         if passes.phase in ("collect", "evaluate"):
             assert sampler
             asked = footprint.decoding(sampler.value)
             forward = skeleton.forward_flops(asked.tokens, asked.pairs, asked.wanted) / asked.forwards
         else:
-            wanted = float(footprint.draw.scored.sum()) / footprint.draw.scored[..., 0].numel()
+            # a value model has no output head
+            is_value = passes.name in VALUE_PASSES
+            wanted = 0.0 if is_value else float(footprint.draw.scored.sum()) / footprint.draw.scored[..., 0].numel()
             forward = skeleton.forward_flops(tokens, tokens**2, wanted)
         backward = skeleton.backward_flops(forward, tokens, recipe.model.gradient_checkpointing)
         device_flops = passes.sequences * forward + passes.backward_sequences * backward

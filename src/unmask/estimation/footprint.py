@@ -13,6 +13,7 @@ from torch import Tensor
 
 from unmask.build import Recipe
 from unmask.counting import Decoding, batch_rows, num_parts, rehearse
+from unmask.critic import make_head
 from unmask.estimation.machines import GIB, Machine, Setting
 from unmask.estimation.memory_model import Canvases, Rehearsal
 from unmask.estimation.skeleton import Skeleton, open_skeleton
@@ -20,9 +21,11 @@ from unmask.models import LoraConfig
 from unmask.noise import Noise
 from unmask.scoring import micro_batches
 from unmask.strategies.trees import TreeConfig
-from unmask.types import Corruption, Rollouts
+from unmask.types import Corruption, Rollouts, ValueNeeds
 
-PARTS = ("weights", "reference", "optimizer", "gradients", "activations", "logits", "rollouts", "buffers")
+PARTS = (
+    "weights", "reference", "optimizer", "value model", "gradients", "activations", "logits", "rollouts", "buffers",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,22 @@ class Lengths:
         return self.mean_prompt < self.longest_prompt
 
 
+@dataclass(frozen=True)
+class ValueSizes:
+    """Of a value model; none by default."""
+
+    num_parameters: int = 0
+    trunk_bytes: int = 0
+    """Weights and optimiser of layers of its own."""
+    head_bytes: int = 0
+    """The same of its head, which every device holds whole."""
+    state_bytes: int = 0
+    """Of the frozen layers' states of a batch."""
+
+    def on_device(self, shards: int) -> int:
+        return self.trunk_bytes // shards + self.head_bytes + self.state_bytes
+
+
 class Footprint:
     """Memory of one device through a run, phase by phase; bytes."""
 
@@ -60,10 +79,42 @@ class Footprint:
 
     @cached_property
     def rehearsal(self) -> Rehearsal:
-        rehearsal = Rehearsal(self.skeleton.module, is_gpu=self.is_gpu)
+        head = None
+        if need := self.value_needs:
+            head = make_head(self.skeleton.module, 0, has_level=need.reads == "prompt")
+        rehearsal = Rehearsal(self.skeleton.module, is_gpu=self.is_gpu, value_head=head)
         if self.recipe.model.gradient_checkpointing:
             rehearsal.checkpoint_layers()
         return rehearsal
+
+    @property
+    def value_needs(self) -> ValueNeeds | None:
+        need: ValueNeeds | None = self.recipe.algorithm.value.needs.value
+        return need
+
+    @cached_property
+    def value_sizes(self) -> ValueSizes:
+        """Of a value model, which has layers as the policy has, or a head on those of the reference."""
+        need, skeleton = self.value_needs, self.skeleton
+        if need is None:
+            return ValueSizes()
+        assert self.rehearsal.value_head
+        head = list(self.rehearsal.value_head.parameters())
+        own, trunk = sum(p.numel() * p.element_size() for p in head), (0, 0, 0)
+        if need.is_trunk_trained:
+            # an adapter of the policy's shape, or all of the model
+            kept = self.value_stepping[0] - self.rehearsal.step(head)[0]
+            trunk = (skeleton.num_trained, skeleton.trained_bytes, kept)
+        return ValueSizes(
+            num_parameters=sum(p.numel() for p in head) + trunk[0],
+            trunk_bytes=trunk[1] + trunk[2],
+            head_bytes=own + self.rehearsal.step(head)[0],
+            state_bytes=0 if need.is_trunk_trained else 4 * batch_rows(self.recipe) * int(skeleton.config.hidden_size),
+        )
+
+    @cached_property
+    def value_stepping(self) -> tuple[int, Counter[str]]:
+        return self.rehearsal.step(self.rehearsal.value_parameters)
 
     @cached_property
     def draw(self) -> Corruption:
@@ -102,6 +153,7 @@ class Footprint:
         names = ["rollout"] if recipe.rollout else []
         if needs.old or needs.ref or needs.evidence or recipe.trainer.monitor_rows:
             names.append("score")
+        names += ["value"] if needs.value else []
         names += ["update", "step"]
         names += ["checkpoint"] if not self.is_gpu and recipe.trainer.save_every else []
         return names + (["evaluation"] if recipe.evaluation_sampler else [])
@@ -122,7 +174,7 @@ class Footprint:
             reference=(skeleton.weight_bytes if has_copy else skeleton.begun_from_bytes) // self.shards,
             optimizer=self.stepping[0] // self.shards,
             rollouts=self.rollout_bytes(),
-        )
+        ) + Counter({"value model": self.value_sizes.on_device(self.shards)})
 
     def rollout_bytes(self) -> int:
         """A batch with its masks and fixed log-probabilities; every process holds all rows."""
@@ -144,12 +196,31 @@ class Footprint:
             return self._sampling(recipe.evaluation_sampler.value, min(recipe.evaluation.batch_size, rows))
         if name == "score":
             return self.rehearsal.score(self.canvases, entropy=bool(trainer.monitor_rows))
+        if name == "value":
+            return self._valuing()
         if name == "update":
             parts = num_parts(self.own_rows, self.draw.num_masks, trainer.micro_batch_size)
             return self._divided(self.rehearsal.update(self.canvases, num_micro_batches=parts))
         if name == "checkpoint":  # copies of what is trained and of the optimiser's state are written
-            return Counter(buffers=self.skeleton.trained_bytes + self.stepping[0] + self.rollout_bytes())
+            saved = self.value_sizes.trunk_bytes + self.value_sizes.head_bytes
+            return Counter(buffers=self.skeleton.trained_bytes + self.stepping[0] + self.rollout_bytes() + saved)
         return self._divided(self.stepping[1], parts=("gradients", "buffers"))
+
+    def _valuing(self) -> Counter[str]:
+        """The value model's forward, or its backward or step, whichever takes more."""
+        need, lengths, size = self.value_needs, self.lengths, self.recipe.trainer.micro_batch_size
+        assert need
+        rows = min(size, self.own_rows)
+        if need.reads == "prompt":
+            canvases = Canvases(rows, lengths.longest_prompt, max(1, lengths.longest_prompt - 1), lengths.is_padded)
+        else:
+            canvases = Canvases(rows, lengths.canvas, lengths.completion, lengths.is_padded)
+        if not need.is_trunk_trained:
+            return self.rehearsal.read_values(canvases)
+        parts = num_parts(self.own_rows, 1, size)
+        learning = self._divided(self.rehearsal.learn_values(canvases, num_micro_batches=parts))
+        stepping = self._divided(self.value_stepping[1], parts=("gradients", "buffers"))
+        return max(learning, stepping, key=lambda used: used.total())
 
     @property
     def canvases(self) -> Canvases:
@@ -176,9 +247,10 @@ class Footprint:
         """DDP: buckets as large as the gradients. FSDP2: what is whole at a time, two layers, embedding and head."""
         if name in ("step", "checkpoint"):
             return Counter()
-        if not self.setting.is_sharded:
-            return Counter(buffers=self.skeleton.trained_bytes)
-        gradient = self.skeleton.layer_trained_bytes if name == "update" else 0
+        if not self.setting.is_sharded:  # a value model's gradients are added up where they are
+            return Counter(buffers=0 if name == "value" else self.skeleton.trained_bytes)
+        is_learning = name == "update" or (name == "value" and self.value_sizes.trunk_bytes > 0)
+        gradient = self.skeleton.layer_trained_bytes if is_learning else 0
         return Counter(buffers=2 * self.skeleton.layer_bytes + self.skeleton.outer_bytes + gradient)
 
 
@@ -237,7 +309,7 @@ def suggestions(footprint: Footprint, name: str, parts: Counter[str], usable: fl
         return text if total(model=replace(model, **changes)) <= usable else None
 
     found = [batch_that_fits(footprint, name, parts, usable)]
-    if name == "update" and not model.gradient_checkpointing:
+    if name in ("update", "value") and not model.gradient_checkpointing:
         found.append(try_model("model.gradient_checkpointing = true", gradient_checkpointing=True))
     if not footprint.skeleton.has_adapter and not recipe.is_supervised:
         found.append(try_model("[model.lora]", lora=LoraConfig()))
@@ -254,6 +326,7 @@ BATCH_KEYS = {
     "rollout": ("rollout", "batch_size"),
     "evaluation": ("evaluation", "batch_size"),
     "score": ("trainer", "micro_batch_size"),
+    "value": ("trainer", "micro_batch_size"),
     "update": ("trainer", "micro_batch_size"),
 }
 
@@ -286,7 +359,7 @@ def parts_rows(footprint: Footprint, name: str) -> int:
     if name == "evaluation":
         lengths = footprint.lengths
         return -(-max(lengths.num_held_out, lengths.num_final) // footprint.setting.num_gpus)
-    return footprint.own_rows * footprint.draw.num_masks
+    return footprint.own_rows * (1 if name == "value" else footprint.draw.num_masks)
 
 
 def gpus_that_fit(footprint: Footprint, name: str, usable: float) -> str | None:

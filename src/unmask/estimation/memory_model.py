@@ -143,6 +143,8 @@ class _Stage(TorchFunctionMode):
             return False  # a padding mask is not all true, otherwise it would not have been given
         if func is Tensor.__getitem__ and args[1] is self.positions:
             return args[0][self.picked]
+        if func is Tensor.nonzero and args[0] is self.positions:
+            return torch.empty(len(self.picked[0]), 2, dtype=torch.int64, device=META)
         return func(*args, **(kwargs or {}))
 
 
@@ -179,8 +181,9 @@ def adapt(module: nn.Module, rank: int, is_target: Callable[[str], bool]) -> lis
 class Rehearsal:
     """A model on the meta device, and what its passes would take: bytes by part, the weights not among them."""
 
-    def __init__(self, module: nn.Module, *, is_gpu: bool):
-        self.module, self.is_gpu = module, is_gpu
+    def __init__(self, module: nn.Module, *, is_gpu: bool, value_head: nn.Module | None = None):
+        """`value_head` is what a value model has on pooled hidden states; its layers are of the module's shape."""
+        self.module, self.is_gpu, self.value_head = module, is_gpu, value_head
         self.trained = [p for p in module.parameters() if p.requires_grad]
         self.vocab = int(module.config.vocab_size)  # type: ignore[union-attr, arg-type]
         if isinstance(module, MaskedLMHead):
@@ -219,36 +222,52 @@ class Rehearsal:
 
     def update(self, canvases: Canvases, *, num_micro_batches: int) -> Counter[str]:
         """Forward and backward of a micro-batch; of the second where there are several, which finds gradients there."""
-        with self._running(canvases) as (ledger, call):
-            if num_micro_batches > 1:
-                self._fill_gradients(ledger)
-            hooks = [
-                p.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients")) for p in self.trained
-            ]
+        with self._running(canvases) as (ledger, call), _gradients(ledger, self.trained, num_micro_batches > 1):
             call(want=("logp",))["logp"].sum().backward()
-            for hook in hooks:
-                hook.remove()
-            self.module.zero_grad(set_to_none=True)
         return ledger.peak
 
-    def step(self) -> tuple[int, Counter[str]]:
-        """(bytes that the optimiser keeps, peak while it steps without them)."""
-        optimizer = torch.optim.AdamW(self.trained, foreach=self.is_gpu)
+    def read_values(self, canvases: Canvases) -> Counter[str]:
+        """One forward for the mean hidden states at the wanted positions, without gradient."""
+        with torch.no_grad(), self._running(canvases) as (ledger, call):
+            call(want=("pooled",))
+        return ledger.peak
+
+    def learn_values(self, canvases: Canvases, *, num_micro_batches: int) -> Counter[str]:
+        """`update` of a value model whose layers are trained."""
+        assert self.value_head
+        parameters = self.value_parameters
+        with self._running(canvases) as (ledger, call), _gradients(ledger, parameters, num_micro_batches > 1):
+            self.value_head(call(want=("pooled",))["pooled"]).sum().backward()
+        return ledger.peak
+
+    @property
+    def value_parameters(self) -> list[nn.Parameter]:
+        """Those of a value model's own layers and head that get gradients: no output head, which it does not use."""
+        assert self.value_head
+        outer = self.module.get_output_embeddings().weight  # type: ignore[operator]
+        is_unused = outer is not self.module.get_input_embeddings().weight  # type: ignore[operator]
+        trunk = [p for p in self.trained if not (is_unused and p is outer)]
+        return [*trunk, *self.value_head.parameters()]
+
+    def step(self, parameters: Sequence[nn.Parameter] | None = None) -> tuple[int, Counter[str]]:
+        """(bytes that the optimiser keeps, peak while it steps without them), of all that is trained by default."""
+        parameters = self.trained if parameters is None else parameters
+        optimizer = torch.optim.AdamW(parameters, foreach=self.is_gpu)
         kept = 0
         for _ in range(2):  # the first step makes the state
-            ledger = Ledger([*self.module.parameters(), *_tensors(optimizer)], vocab=-1)
+            ledger = Ledger([*self._fixed(), *_tensors(optimizer)], vocab=-1)
             with ledger:
-                self._fill_gradients(ledger)
+                _fill_gradients(ledger, parameters)
             with ledger.booking("buffers"), ledger:
                 optimizer.step()
             kept = sum(t.numel() * t.element_size() for t in _tensors(optimizer))
-            self.module.zero_grad(set_to_none=True)
+            optimizer.zero_grad(set_to_none=True)
         return kept, ledger.peak
 
-    def _fill_gradients(self, ledger: Ledger) -> None:
-        with ledger.booking("gradients"):
-            for p in self.trained:
-                p.grad = torch.empty_like(p)
+    def _fixed(self) -> list[Tensor]:
+        """What is there before a pass."""
+        head = list(self.value_head.parameters()) if self.value_head else []
+        return [*self.module.parameters(), *self.module.buffers(), *head]
 
     @contextmanager
     def _running(self, canvases: Canvases) -> Iterator[tuple[Ledger, Callable[..., dict[str, Tensor]]]]:
@@ -258,7 +277,7 @@ class Rehearsal:
         positions = torch.empty(shape, dtype=torch.bool, device=META)
         mask = torch.empty(shape, dtype=torch.bool, device=META) if canvases.is_padded else None
         targets = torch.empty(canvases.rows * canvases.wanted, dtype=torch.int64, device=META)
-        ledger = Ledger([*self.module.parameters(), *self.module.buffers()], self.vocab)
+        ledger = Ledger(self._fixed(), self.vocab)
         with ExitStack() as stack:
             self.stage = stack.enter_context(_Stage(positions, canvases.wanted))
             stack.enter_context(ledger)
@@ -273,6 +292,25 @@ def _summary(module: MaskedLMHead, hidden: Tensor, targets: Tensor | None, want:
     assert targets is not None
     logp, entropy = chunked_head(hidden, module.lm_head.weight, targets, module.config.mask_token_id, "entropy" in want)
     return TokenOutput(None, logp, entropy)
+
+
+@contextmanager
+def _gradients(ledger: Ledger, parameters: Sequence[nn.Parameter], are_there: bool) -> Iterator[None]:
+    """Books what a backward leaves on parameters as gradients, and takes it away at the end."""
+    if are_there:
+        _fill_gradients(ledger, parameters)
+    hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.move(p.grad, "gradients")) for p in parameters]
+    yield
+    for hook in hooks:
+        hook.remove()
+    for p in parameters:
+        p.grad = None
+
+
+def _fill_gradients(ledger: Ledger, parameters: Sequence[nn.Parameter]) -> None:
+    with ledger.booking("gradients"):
+        for p in parameters:
+            p.grad = torch.empty_like(p)
 
 
 def _tensors(optimizer: torch.optim.Optimizer) -> list[Tensor]:

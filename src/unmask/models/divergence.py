@@ -29,7 +29,8 @@ def kl_to_reference(
     dtype = hidden.dtype
     if torch.is_autocast_enabled(hidden.device.type):  # cast here: the backward pass runs outside of autocast
         dtype = torch.get_autocast_dtype(hidden.device.type)
-    states = (hidden.to(dtype), weight.to(dtype), reference.hidden.to(dtype), reference.head.to(dtype))
+    head = weight.detach() if reference.head is None else reference.head
+    states = (hidden.to(dtype), weight.to(dtype), reference.hidden.to(dtype), head.to(dtype))
     kl: Tensor = _ChunkedKL.apply(*states, mask_token_id)
     return kl
 
@@ -56,16 +57,18 @@ class _ChunkedKL(torch.autograd.Function):
             if direction is not None:
                 direction[rows] = slope.to(weight.dtype) @ weight
             del gap, slope
-        ctx.mask_token_id = mask_token_id
-        ctx.save_for_backward(hidden, weight, ref_hidden, ref_weight, direction)
+        ctx.mask_token_id, ctx.is_frozen, ctx.dtype = mask_token_id, is_frozen, hidden.dtype
+        # with a direction the backward needs no matrix: one that was gathered for the forward may go
+        ctx.save_for_backward(*((direction,) if is_frozen else (hidden, weight, ref_hidden, ref_weight)))
         return kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, ref_hidden, ref_weight, direction = ctx.saved_tensors
-        if direction is not None:
-            return (grad[:, None] * direction).to(hidden.dtype), None, None, None, None
+        if ctx.is_frozen:
+            (direction,) = ctx.saved_tensors
+            return (grad[:, None] * direction).to(ctx.dtype), None, None, None, None
+        hidden, weight, ref_hidden, ref_weight = ctx.saved_tensors
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros_like(weight, dtype=grad.dtype) if ctx.needs_input_grad[1] else None
         for rows in _row_chunks(len(hidden), 2 * len(weight)):

@@ -145,9 +145,9 @@ class MaskedLMHead:
         """(V, H). Raises: ModelError where the head is more than a whole matrix."""
         if not self._is_bare():
             raise ModelError(
-                f"{type(self).__name__}: its output head is no bare matrix here (it has an adapter, or its weights are "
-                "in slices), so no KL over the vocabulary can be computed. Set algorithm.kl_coef = 0, or train "
-                "without a target on lm_head and without FSDP2 or ZeRO-3."
+                f"{type(self).__name__}: its output head is no bare matrix here (it has an adapter, or is put in "
+                "slices by itself), so no KL over the vocabulary can be computed. Set algorithm.kl_coef = 0, or train "
+                "without a target on lm_head, with recipes/accelerate/fsdp2.yaml or ddp.yaml."
             )
         weight: Tensor = self.lm_head.weight
         return weight

@@ -72,6 +72,8 @@ class MaskedPolicy:
         """Another module with this policy's tokenizer and stop tokens."""
         policy = MaskedPolicy(module, self.tokenizer, name)
         policy.stop_token_ids = self.stop_token_ids
+        if self._checkpointed:
+            policy.enable_gradient_checkpointing()
         return policy
 
     def add_adapter(
@@ -160,7 +162,7 @@ class MaskedPolicy:
         return TokenOutput(**numbers)
 
     def head_weight(self) -> Tensor:
-        """See `Policy.head_weight`. Raises: ModelError."""
+        """See `Policy.head_weight`; put together where it is in slices, which is collective. Raises: ModelError."""
         base: Any = self.switch.module.get_base_model() if self.switch else self.module
         base = getattr(base, "module", base)  # DDP's
         if not hasattr(base, "head_matrix"):
@@ -169,10 +171,12 @@ class MaskedPolicy:
                 "computed. Set algorithm.kl_coef = 0, or train LLaDA, Dream or the embedded model."
             )
         weight: Tensor = base.head_matrix()
-        if isinstance(weight, DTensor) or weight.dim() != 2 or not weight.numel():
+        if isinstance(weight, DTensor):
+            return weight.detach().full_tensor()
+        if weight.dim() != 2 or not weight.numel():
             raise ModelError(
                 f"{self.name}: its output head is in slices, and a KL over the vocabulary needs it whole. Launch "
-                "with recipes/accelerate/ddp.yaml, or set algorithm.kl_coef = 0."
+                "with recipes/accelerate/fsdp2.yaml or ddp.yaml, or set algorithm.kl_coef = 0."
             )
         return weight.detach()
 

@@ -12,19 +12,24 @@ from torch import nn
 from unmask.sharding import fsdp2, zero
 from unmask.sharding.fsdp2 import sharding_plugin
 from unmask.sharding.stepping import in_step
-from unmask.sharding.tensors import fill, is_sharded, whole_tensors
-from unmask.sharding.updates import Updates, make_updates
+from unmask.sharding.tensors import fill, gathered, is_sharded, slice_again, whole_tensors
+from unmask.sharding.updates import Updates, add_up, clip, load_state, make_updates
 from unmask.sharding.zero import unknown_to_accelerate
 
 __all__ = [
     "Updates",
+    "add_up",
     "check_launcher",
+    "clip",
     "fill",
+    "gathered",
     "in_step",
     "is_sharded",
+    "load_state",
     "make_updates",
     "place",
     "sharding_plugin",
+    "slice_again",
     "unknown_to_accelerate",
     "whole_tensors",
 ]

@@ -26,14 +26,19 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def slice_again(module: nn.Module) -> None:
+    """Put the slices back in the place of whole parameters, which a forward may have left there."""
+    for unit in module.modules():
+        if isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
 def whole_tensors(module: nn.Module, names: Iterable[str], *, keep: bool) -> dict[str, Tensor]:
     """Copies on CPU of the named parameters and buffers of a module; an empty dict if not `keep`. Collective.
 
     One tensor at a time is put together on the device, so that the model need not fit there.
     """
-    for unit in module.modules():
-        if isinstance(unit, FSDPModule):
-            unit.reshard()  # a forward may have left whole parameters in the place of the slices
+    slice_again(module)
     own = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers())
     tensors = {}
     for name in names:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.distributed.tensor import DTensor
 
+from unmask.ranks import num_ranks
 from unmask.sharding import zero
 from unmask.sharding.tensors import gathered, is_sharded, slice_like, whole
 
@@ -95,12 +99,41 @@ class OwnUpdates:
         return gathered(self.optimizer.state_dict(), keep=keep)
 
     def load(self, state: dict[str, Any]) -> None:
-        moments = {
-            number: {
-                key: slice_like(value, parameter) if value.shape == parameter.shape else value
-                for key, value in state["state"][str(number)].items()
-            }
-            for number, parameter in enumerate(self.parameters)
-            if str(number) in state["state"]
+        load_state(self.optimizer, state)
+
+
+def load_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give AdamW a state_dict with whole tensors, whose `state` may have text as keys. Nothing travels."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    moments = {
+        int(number): {
+            # the count of updates lies on the CPU, whatever the parameter's device
+            key: value.cpu() if key == "step" else slice_like(value, parameters[int(number)])
+            for key, value in values.items()
         }
-        self.optimizer.load_state_dict({**state, "state": moments})
+        for number, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": moments})
+
+
+def add_up(parameters: Sequence[nn.Parameter]) -> None:
+    """Make every gradient the sum of all processes', of whole parameters and of FSDP2's slices. Collective."""
+    for parameter in parameters:
+        if isinstance(parameter.grad, DTensor):
+            parameter.grad.mul_(num_ranks())  # FSDP2 has averaged them in the backward
+        elif num_ranks() > 1:
+            distributed.all_reduce(parameter.grad)
+
+
+def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+    """The 2-norm of all gradients, of whole parameters and of slices, which are scaled to the bound. Collective."""
+    sliced = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
+    if not sliced:
+        return float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    others = [grad for grad in gradients if not isinstance(grad, DTensor)]
+    norm = math.hypot(*(float(whole(nn.utils.get_total_norm(kind))) for kind in (sliced, others) if kind))
+    scale = min(1.0, max_norm / (norm + 1e-6))  # as torch does
+    for grad in gradients:
+        grad.mul_(scale)
+    return norm
