@@ -53,6 +53,7 @@ def train_tables(model: Path, algorithm: str, **trainer) -> dict:
 BUFFER = {"num_batches": 2, "collect_every": 2}
 SOURCES = {
     "wd1-buffer": ({"type": "wd1"}, {"buffer": BUFFER}),
+    "wd1-mixture": ({"type": "wd1", "ref_coef": 0.5}, {}),
     "dga-buffer": ({"type": "dga"}, {"buffer": BUFFER}),
     "dmpo_wdce-buffer": ({"type": "dmpo_wdce"}, {"buffer": BUFFER}),
     "sapo-steps": ({"type": "sapo"}, {"type": "steps"}),

@@ -24,6 +24,7 @@ GROUPS = torch.tensor([3, 3, 8, 8, 3])
         {"prompt_mask_ratio": 0.5, "num_masks": 2},
         {"prompt_mask_ratio": 0.0},
         {"old_coef": 0.25},
+        {"old_coef": 0.25, "ref_coef": 0.5},
         {"positive_only": True},
         {"count_positions": "all"},
     ],
@@ -39,7 +40,7 @@ def test_loss_equals_the_loop_oracle(fields):
         ROLLOUTS.rewards.tolist(),
         ROLLOUTS.groups.tolist(),
         length,
-        psi=1 / algorithm.old_coef,
+        psi=1 / (algorithm.old_coef + algorithm.ref_coef),
         positive_only=algorithm.positive_only,
     )
     assert_same_value_and_gradient(algorithm.loss(x).loss, expected, POLICY)
@@ -162,7 +163,8 @@ def test_published_defaults():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"ref_coef": 0.5}, r"algorithm.ref_coef = 0.5: .*geometric mixture.* Use 0"),
+        ({"ref_coef": -0.5}, r"algorithm.ref_coef = -0.5: .*Use 0"),
+        ({"ref_coef": float("inf")}, r"algorithm.ref_coef = inf: "),
         ({"old_coef": 0.0}, r"algorithm.old_coef = 0.0: .*above 0"),
         ({"old_coef": float("inf")}, r"algorithm.old_coef = inf: "),
         ({"num_masks": 0}, r"algorithm.num_masks = 0: "),

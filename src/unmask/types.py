@@ -235,6 +235,9 @@ class Needs:
     """The old policy reads them too."""
     order: bool = False
     """The steps in which tokens were revealed, and their log-probabilities then: no sampler that takes tokens back."""
+    reference_share: float = 0.0
+    """b, in [0, 1): rollouts are drawn from logits (1 - b) · policy + b · reference. What their record of
+    log-probabilities says is then the mixture's."""
     value: ValueNeeds | None = None
 
 

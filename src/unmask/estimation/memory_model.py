@@ -200,11 +200,14 @@ class Rehearsal:
         (enable or self.module.gradient_checkpointing_enable)(settings)  # type: ignore[operator]
         self.module.train()  # transformers checkpoints in training mode only
 
-    def sample(self, canvases: Canvases, temperature: float) -> Counter[str]:
-        """One forward of a sampler, and the draw from its logits."""
+    def sample(self, canvases: Canvases, temperature: float, *, is_mixture: bool = False) -> Counter[str]:
+        """One forward of a sampler, or two from a mixture, and the draw from its logits."""
         with torch.no_grad(), self._running(canvases) as (ledger, call):
             logits = call(want=("logits",))["logits"]
+            other = call(want=("logits",))["logits"] if is_mixture else None
             with ledger.booking("logits"):
+                if other is not None:
+                    logits = 0.5 * logits + 0.5 * other
                 uniforms = torch.empty(len(logits), dtype=torch.float64, device=META)
                 tokens = draw_tokens(logits, temperature, uniforms)
                 token_probabilities(logits, tokens)

@@ -29,8 +29,13 @@ class WD1:
         log π(y_i) = Σ_k c_ik log π(y_ik | prompt with some tokens masked, all masked)
 
     N is the number of groups; c marks the positions up to and including the stop token; the sum over k is not divided
-    by a length. The target is the geometric mixture of old policy and reference, tilted by the reward; neither is
-    scored, and nothing is clipped. `positive_only` leaves out w⁻ (wd1-P).
+    by a length. The target is the geometric mixture of old policy and reference, tilted by the reward:
+
+        argmax_π  E_π[A] - old_coef · KL(π ‖ π_old) - ref_coef · KL(π ‖ π_ref)  ∝  π_old^(1-b) · π_ref^b · exp(ψ A)
+        b = ref_coef / (old_coef + ref_coef)
+
+    so the weights belong to rollouts of that mixture, which with `ref_coef` above 0 they are drawn from, token by
+    token. Neither model is scored, and nothing is clipped. `positive_only` leaves out w⁻ (wd1-P).
 
     Defaults are the paper's. The paper takes the softmax over the completions of all prompts, its code over those of
     one device's micro-batch; we take it over the group, which is what the code does when a device holds one group. The
@@ -51,8 +56,8 @@ class WD1:
     old_coef: float = 1.0
     """λ, pull to the old policy; larger values flatten the weights."""
     ref_coef: float = 0.0
-    """β, pull to the reference. Only 0: above it rollouts come from a mixture with the reference's logits, which no
-    sampler here draws from."""
+    """β, pull to the reference. Above 0 rollouts are drawn from logits (1 - b) · policy + b · reference, with
+    b = β / (λ + β), which takes two forwards a step; larger values flatten the weights."""
     positive_only: bool = False
     """True leaves out the negative weights: wd1-P."""
     advantage: str = "group_centered"
@@ -76,20 +81,19 @@ class WD1:
             "λ, a temperature of the weights. Use a number above 0; 1 is the published setting.",
         )
         require(
-            self.ref_coef == 0,
+            0 <= self.ref_coef < float("inf"),
             "ref_coef",
             self.ref_coef,
-            "above 0 (the paper's β) rollouts must be drawn from a geometric mixture of policy and reference, and no "
-            "sampler here has a second policy. Use 0, the published setting.",
+            "β, the pull to the reference. Use 0, the published setting, or more.",
         )
 
     @property
     def needs(self) -> Needs:
-        return Needs()
+        return Needs(reference_share=self.ref_coef / (self.old_coef + self.ref_coef))
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """(B,) the signed weights w⁺ - w⁻; they add up to zero in each group. With `positive_only` w⁺, to one."""
-        scaled = ADVANTAGES[self.advantage](rewards, groups) / self.old_coef  # ref_coef is 0
+        scaled = ADVANTAGES[self.advantage](rewards, groups) / (self.old_coef + self.ref_coef)
         positive = group_softmax(scaled, groups)
         return positive if self.positive_only else positive - group_softmax(-scaled, groups)
 

@@ -34,10 +34,12 @@ class Canvas:
     rollout_index: Tensor  # (B, 1) int64
     reveal_step: Tensor  # (B, L) int64
     logps: Tensor  # (B, L) float64, nats
-    nfe: Tensor  # (B, 1) int64, forwards that the row took part in and that a `write` answered
+    nfe: Tensor  # (B, 1) int64, steps that the row took part in and that a `write` answered
     on_step: Callable[[Tensor], None] | None
     first_step: int = 0
     """Steps that were made before this canvas was opened; they count in `nfe` while it is being filled."""
+    forwards_per_step: int = 1
+    """Two where a step reads two models, or the canvas with and without its prompt; four where both."""
 
     @property
     def prompt_length(self) -> int:
@@ -139,7 +141,7 @@ class Canvas:
                 f"first: prompt {int(self.prompt_key[row])}, completion position {slot}. "
                 "Check the weights; a lower learning rate keeps training from getting here."
             )
-        made = self.nfe[:, 0] - self.first_step
+        made = (self.nfe[:, 0] - self.first_step) * self.forwards_per_step
         return Samples(self.ids[:, self.prompt_length :].clone(), self.reveal_step, self.logps, made)
 
 
@@ -217,6 +219,7 @@ def new_canvas(
         logps=torch.zeros(shape, dtype=torch.float64, device=policy.device),
         nfe=masks.new_zeros(len(prompts), 1),
         on_step=on_step,
+        forwards_per_step=getattr(policy, "num_models", 1),
     )
 
 

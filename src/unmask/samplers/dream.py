@@ -55,6 +55,7 @@ class Dream:
 
     keeps_tokens: ClassVar[bool] = True
     continues: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, None, self.temperature)
