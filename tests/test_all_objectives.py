@@ -24,6 +24,8 @@ VARIANTS = {
     "espo-k3": ESPO(kl="k3"),
     "espo-to_eos": ESPO(count_positions="to_eos"),
     "wd1-leave_one_out": WD1(advantage="leave_one_out"),
+    "wd1-mixture": WD1(old_coef=0.5, ref_coef=0.5, count_positions="all"),
+    "wd1-trajectory": WD1(likelihood="trajectory", prompt_mask_ratio=0.0, fresh_masks=False),
     "gdpo-bernoulli": GDPO(masking="bernoulli"),
     "gdpo-unscaled": GDPO(ratio_scale="none", kl="k2"),
     "spg-eubo": SPG(eubo_share=1.0, gamma=4.0, num_masks=6, block_length=2),
@@ -285,7 +287,7 @@ def test_each_pass_draws_its_own_masks(algorithm):
     )
     draws = [algorithm.draw(batch, noise=Noise(0), iteration=n) for n in (0, 1)]
     masks = [draw.masked for draw in draws]
-    is_random = getattr(algorithm, "likelihood", "elbo") != "mean_field"  # ESPO's shows the whole prompt
+    is_random = draws[0].kind != "mean_field" or algorithm.prompt_mask_ratio > 0  # ESPO's shows the whole prompt
     assert torch.equal(*masks) != (is_random and draws[0].kind != "order")  # steps were drawn by the sampler
     assert torch.equal(masks[0], algorithm.draw(batch, noise=Noise(0)).masked)
 
