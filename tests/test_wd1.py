@@ -193,6 +193,35 @@ def test_weights_of_two_rollouts_are_a_hyperbolic_tangent(old_coef, gap):
     assert weights.tolist() == pytest.approx([expected, -expected], abs=1e-14)  # a few roundings of one half
 
 
+def test_weights_and_share_follow_the_two_coefficients():
+    rewards, groups = torch.tensor([1.0, 0.0], dtype=torch.float64), torch.tensor([0, 0])
+    for old, ref in ((1.0, 0.0), (1.0, 0.5), (0.5, 1.5), (2.0, 2.0)):
+        algorithm = WD1(old_coef=old, ref_coef=ref)
+        half = math.tanh(1 / (old + ref) / 2)
+        assert algorithm.advantages(rewards, groups).tolist() == pytest.approx([half, -half], abs=1e-14)
+        assert algorithm.needs.reference_share == pytest.approx(ref / (old + ref), abs=1e-15)
+
+
+def test_the_tilted_mixture_is_the_best_law_under_both_pulls():
+    """By gradient over all laws of three outcomes: E[A] - λ KL(π, old) - β KL(π, ref) is stationary there, and less
+    anywhere near."""
+    old, ref = (torch.tensor(p, dtype=torch.float64) for p in ([0.2, 0.5, 0.3], [0.6, 0.1, 0.3]))
+    advantage = torch.tensor([0.7, -0.4, -0.3], dtype=torch.float64)
+    algorithm = WD1(old_coef=0.8, ref_coef=0.4)
+    b = algorithm.needs.reference_share
+
+    def gain(logits):
+        log_p = logits.log_softmax(-1)
+        pulls = 0.8 * (log_p - old.log()) + 0.4 * (log_p - ref.log())
+        return (log_p.exp() * (advantage - pulls)).sum()
+
+    best = ((1 - b) * old.log() + b * ref.log() + advantage / 1.2).requires_grad_()
+    (slope,) = torch.autograd.grad(gain(best), best)
+    assert slope.abs().max() < 1e-14
+    for direction in torch.eye(3, dtype=torch.float64):
+        assert all(gain(best.detach() + step * direction) < gain(best) for step in (0.1, -0.1))
+
+
 def test_negated_rewards_negate_the_loss_and_shifted_ones_leave_it():
     algorithm, x = WD1(), inputs(WD1())
 

@@ -358,6 +358,7 @@ class Trainer:
             evidence=batch.evidence,
             values=batch.values,
             sample_logps=rollouts.sample_logps,
+            drawn_logps=rollouts.drawn_logps,
             process_rewards=rollouts.process_rewards,
             uniform=draw.uniform,
             progress=self.state.step / self.total_steps,

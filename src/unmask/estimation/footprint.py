@@ -199,6 +199,7 @@ def sketch_rollouts(rows: int, lengths: Lengths) -> Rollouts:
         length=torch.full((rows,), lengths.completion),
         reveal_step=torch.arange(lengths.completion).repeat(rows, 1),
         sample_logps=torch.zeros(shape, dtype=torch.float64),
+        drawn_logps=torch.zeros(shape, dtype=torch.float64),
         nfe=number,
     )
 

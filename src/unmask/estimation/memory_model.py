@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from unmask.models.chunked_head import chunked_head
 from unmask.models.heads import MaskedLMHead
 from unmask.models.outputs import summarise_logits
-from unmask.samplers.draw import draw_tokens, token_logps, token_probabilities
+from unmask.samplers.draw import draw_tokens, recorded_logps, token_probabilities
 from unmask.types import TokenOutput
 
 META = torch.device("meta")
@@ -211,7 +211,7 @@ class Rehearsal:
                 uniforms = torch.empty(len(logits), dtype=torch.float64, device=META)
                 tokens = draw_tokens(logits, temperature, uniforms)
                 token_probabilities(logits, tokens)
-                token_logps(logits, tokens, torch.float64)
+                recorded_logps(logits, tokens, temperature)
         return ledger.peak
 
     def score(self, canvases: Canvases, *, entropy: bool) -> Counter[str]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unmask.errors import ConfigError
 from unmask.samplers.canvas import Canvas, Start, open_canvas
-from unmask.samplers.draw import draw_tokens, token_logps
+from unmask.samplers.draw import draw_tokens, recorded_logps, token_logps
 from unmask.samplers.plan import check_lengths, check_steps, time_grid_counts, time_grid_shares
 from unmask.samplers.surest import fix_surest
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
@@ -123,7 +123,7 @@ class Dream:
             # the largest of score plus Gumbel noise are draws without replacement from softmax(score)
             chance = canvas.uniforms(noise.stream("position"), canvas.nfe, open_slots).flatten()
             confidence = confidence.double() / self.alg_temp - (-chance.log()).log()
-        return fix_surest(canvas, open_slots, logits, tokens, confidence, count)
+        return fix_surest(canvas, open_slots, logits, tokens, confidence, count, self._record)
 
     def _fix_independently(
         self,
@@ -141,7 +141,7 @@ class Dream:
         if self.temperature > 0:
             uniforms = canvas.uniforms(noise.stream("token"), canvas.nfe, slots)[chosen]
         tokens, _ = self._candidates(logits, uniforms)
-        canvas.write_where(chosen, tokens, token_logps(logits, tokens, torch.float64))
+        canvas.write_where(chosen, tokens, *self._record(logits, tokens))
         return is_open & ~chosen
 
     def _candidates(
@@ -154,13 +154,26 @@ class Dream:
         tokens, confidence = torch.empty_like(logits[:, 0], dtype=torch.int64), torch.zeros_like(logits[:, 0])
         for start in range(0, len(logits), rows):
             part = slice(start, start + rows)
-            tempered = logits[part] / self.temperature if self.temperature > 0 else logits[part]
-            kept = cut(tempered, self.top_p, self.top_k)
+            kept = self._law(logits[part])
             drawn = draw_tokens(kept, float(self.temperature > 0), None if uniforms is None else uniforms[part])
             tokens[part] = drawn
             if self.alg != "origin":
                 confidence[part] = _confidence(kept.softmax(-1), drawn, self.alg)
         return tokens, confidence
+
+    def _law(self, logits: Tensor) -> Tensor:
+        """(n, V) -> (n, V): logits of what tokens are drawn from, tempered and cut; at temperature 0 cut alone."""
+        tempered = logits / self.temperature if self.temperature > 0 else logits
+        return cut(tempered, self.top_p, self.top_k)
+
+    def _record(
+        self,
+        logits: Tensor,  # (n, V)
+        tokens: Tensor,  # (n,) int64
+    ) -> tuple[Tensor, Tensor]:  # (n,) float64, nats, each
+        """Untempered log-probabilities, and those in the law that the tokens were drawn from."""
+        _, drawn = recorded_logps(self._law(logits), tokens, float(self.temperature > 0))
+        return token_logps(logits, tokens, torch.float64), drawn
 
 
 def cut(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from unmask.samplers.canvas import Canvas
-from unmask.samplers.draw import draw_tokens, token_logps, token_probabilities
+from unmask.samplers.draw import draw_tokens, recorded_logps, token_probabilities
 from unmask.types import NoiseLike
 
 Rule = Callable[[Tensor], Tensor]
@@ -93,8 +93,8 @@ def fix(
     confidence = sureness.new_full(is_open.shape, -math.inf).masked_scatter_(is_open, sureness)
     chosen = is_open & rule(confidence)
     fixed = chosen[is_open]  # (N,)
-    logps = token_logps(logits[fixed], tokens[fixed], torch.float64)
-    canvas.write_where(chosen, tokens[fixed], logps, took_part=is_open.any(1, keepdim=True))
+    logps, drawn = recorded_logps(logits[fixed], tokens[fixed], temperature)
+    canvas.write_where(chosen, tokens[fixed], logps, drawn, took_part=is_open.any(1, keepdim=True))
     return is_open & ~chosen
 
 
