@@ -126,7 +126,7 @@ def loss_inputs(algorithm, batch, *, logps=None, old=OLD, ref=REF, noise=None, p
         ref_logps=score_copies(ref, batch, draw).detach() if needs.ref else None,
         evidence=evidence_of(needs, batch, old, ref),
         sample_logps=score_copies(old, batch, draw_trajectory(batch)).sum(1).detach(),
-        drawn_logps=0.7 * score_copies(ref, batch, draw_trajectory(batch)).sum(1).detach(),
+        drawn_logps=score_copies(old, batch, draw_trajectory(batch)).sum(1).detach(),  # temperature 1
         process_rewards=batch.process_rewards,
         values=batch.prompt_key.double() / 10 if needs.value else None,
         kl=divergences(policy, ref, batch, draw).detach() if needs.kl else None,
