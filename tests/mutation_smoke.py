@@ -34,7 +34,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "unmask"
 ESTIMATORS = ("advantages.py", "corruption.py", "likelihood.py")
-OWN_TESTS = {"objectives/target_weights.py": ["test_dmpo.py"]}
+OWN_TESTS = {"objectives/target_weights.py": ["test_dmpo.py", "test_dmpo_density.py"]}
 """Tests of a file that has none of its own name."""
 SHARED_TESTS = ("test_objectives.py", "test_all_objectives.py")
 PRELOADED = ("torch", "numpy", "pytest", "tokenizers", "transformers.models.llama.modeling_llama")

@@ -24,6 +24,8 @@ VARIANTS = {
     "espo-k3": ESPO(kl="k3"),
     "espo-to_eos": ESPO(count_positions="to_eos"),
     "wd1-leave_one_out": WD1(advantage="leave_one_out"),
+    "wd1-mixture": WD1(old_coef=0.5, ref_coef=0.5, count_positions="all"),
+    "wd1-trajectory": WD1(likelihood="trajectory", prompt_mask_ratio=0.0, fresh_masks=False),
     "gdpo-bernoulli": GDPO(masking="bernoulli"),
     "gdpo-unscaled": GDPO(ratio_scale="none", kl="k2"),
     "spg-eubo": SPG(eubo_share=1.0, gamma=4.0, num_masks=6, block_length=2),
@@ -31,6 +33,8 @@ VARIANTS = {
     "dmpo_wdce-group_mean": DmpoWDCE(baseline="group_mean", weights="reward", coupled=True),
     "dmpo_wdce-unbias": DmpoWDCE(baseline="unbias", reward_temperature=1.0),
     "dmpo_wddo-order": DmpoWDDO(old_likelihood="order", likelihood="elbo", use_independent_halves=False),
+    "dmpo_wdce-tempered": DmpoWDCE(density="tempered", reward_temperature=1.0),
+    "dmpo_wddo-tempered": DmpoWDDO(density="tempered", old_likelihood="order", reward_temperature=1.0),
     "spg-masked": SPG(scored_positions="masked", block_length=2),
     "dga-sum": DGA(mode="sum", alpha=0.5, num_masks=2, coupled=True),
     "dga-rewards": DGA(use_energy=False, mode="sum", kl_coef=0.0, count_positions="to_eos", skip_zero_variance=True),
@@ -122,6 +126,7 @@ def loss_inputs(algorithm, batch, *, logps=None, old=OLD, ref=REF, noise=None, p
         ref_logps=score_copies(ref, batch, draw).detach() if needs.ref else None,
         evidence=evidence_of(needs, batch, old, ref),
         sample_logps=score_copies(old, batch, draw_trajectory(batch)).sum(1).detach(),
+        drawn_logps=score_copies(old, batch, draw_trajectory(batch)).sum(1).detach(),  # temperature 1
         process_rewards=batch.process_rewards,
         values=batch.prompt_key.double() / 10 if needs.value else None,
         kl=divergences(policy, ref, batch, draw).detach() if needs.kl else None,
@@ -285,7 +290,7 @@ def test_each_pass_draws_its_own_masks(algorithm):
     )
     draws = [algorithm.draw(batch, noise=Noise(0), iteration=n) for n in (0, 1)]
     masks = [draw.masked for draw in draws]
-    is_random = getattr(algorithm, "likelihood", "elbo") != "mean_field"  # ESPO's shows the whole prompt
+    is_random = draws[0].kind != "mean_field" or algorithm.prompt_mask_ratio > 0  # ESPO's shows the whole prompt
     assert torch.equal(*masks) != (is_random and draws[0].kind != "order")  # steps were drawn by the sampler
     assert torch.equal(masks[0], algorithm.draw(batch, noise=Noise(0)).masked)
 

@@ -147,8 +147,10 @@ CASES = [  # (algorithm, K of one draw)
     ({"kl_coef": 0.01, "share_masks": False}, 4),
     ({"kl_coef": 0.0, "share_masks": False, "fresh_masks": False}, 4),
     ({"kl_coef": 0.01, "num_masks": 10}, 10),  # more copies than fit into a micro-batch: two passes an update
+    ({"type": "wd1", "ref_coef": 0.5}, 1),  # two forwards a step of sampling
     ({"type": "diffu_grpo", "num_masks": 2}, 2),
     ({"type": "diffu_grpo", "prompt_mask_ratio": 0.0, "num_masks": 3}, 1),
+    ({"type": "wd1", "likelihood": "trajectory", "prompt_mask_ratio": 0.0, "fresh_masks": False}, 4),  # one a step
     ({"type": "wd1"}, 1),  # neither old policy nor reference is scored
     ({"type": "spg", "num_masks": 3}, 3),
     ({"type": "gdpo", "num_masks_per_node": 2}, 6),

@@ -53,8 +53,10 @@ def train_tables(model: Path, algorithm: str, **trainer) -> dict:
 BUFFER = {"num_batches": 2, "collect_every": 2}
 SOURCES = {
     "wd1-buffer": ({"type": "wd1"}, {"buffer": BUFFER}),
+    "wd1-mixture": ({"type": "wd1", "ref_coef": 0.5}, {}),
     "dga-buffer": ({"type": "dga"}, {"buffer": BUFFER}),
     "dmpo_wdce-buffer": ({"type": "dmpo_wdce"}, {"buffer": BUFFER}),
+    "dmpo_wdce-tempered-buffer": ({"type": "dmpo_wdce", "density": "tempered"}, {"buffer": BUFFER}),
     "sapo-steps": ({"type": "sapo"}, {"type": "steps"}),
     "d_treerpo-tree": ({"type": "d_treerpo"}, {"type": "tree"}),
     "vrpo-pairs": ({"type": "vrpo"}, None),
@@ -67,6 +69,8 @@ def source_tables(model: Path, kind: str) -> dict:
     algorithm, rollout = SOURCES[kind]
     tables = train_tables(model, "espo", num_batches=4, eval_every=2)
     tables |= {"algorithm": {"num_iterations": 1, **algorithm}, "optimizer": {"lr": 1e-3}}
+    if "tempered" in kind:
+        tables["sampler"]["temperature"] = 0.5
     if "pairs" in kind:
         rows = [{"prompt": f"{i}2|", "chosen": "34", "rejected": str(i)} for i in range(5)]
         file = model.parent / "pairs.jsonl"

@@ -341,7 +341,7 @@ def test_process_rewards_are_the_mean_over_ends_from_the_drawn_state():
         values = []
         for n in range(4):
             batch = PromptBatch(done.prompt_ids, done.prompt_mask, done.prompt_key, done.rollout_index * 4 + n)
-            whole = Samples(done.completion_ids, done.reveal_step, done.sample_logps, done.nfe)
+            whole = Samples(done.completion_ids, done.reveal_step, done.sample_logps, done.nfe, done.drawn_logps)
             start = Start(whole, int(first[row // 4]))
             end = source.sampler.sample(POLICY, batch, noise=Noise(1).stream("continuation"), start=start)
             values.append(task.score(None, POLICY.decode(end.completion_ids)[0]).value)

@@ -28,6 +28,7 @@ from unmask.objectives.embr import EmbrE
 from unmask.objectives.espo import ESPO
 from unmask.objectives.sft import SFT
 from unmask.objectives.unigrpo import UniGRPO
+from unmask.objectives.wd1 import WD1
 from unmask.schedule import OptimizerConfig, StopRule
 from unmask.scoring import score
 from unmask.types import LossInputs
@@ -37,6 +38,7 @@ CASES: dict[str, Any] = {
     "espo_with_kl": ESPO(num_iterations=2, kl_coef=0.3),
     "espo_token": ESPO(num_iterations=2, level="token", kl="k3", kl_coef=0.1),
     "espo_mean_field": ESPO(num_iterations=2, likelihood="mean_field", prompt_mask_ratio=0.2),
+    "wd1_trajectory": WD1(num_iterations=2, likelihood="trajectory", prompt_mask_ratio=0.0, fresh_masks=False),
     "sft": SFT(num_masks=3),
     "embr_e_group_mean": EmbrE(num_iterations=2, c_mode="group_mean", cross_fit=True),
     "dmpo_wdce_unbias": DmpoWDCE(num_iterations=2, likelihood="elbo", baseline="unbias", reward_temperature=1.0),

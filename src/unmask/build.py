@@ -288,6 +288,17 @@ def _rollout(table: Mapping[str, Any], algorithm: Named, sampler: Named, *, has_
         )
     if needs.order:
         _check_record(algorithm, sampler.value)
+    if needs.drawn and not getattr(sampler.value, "temperature", 1.0):
+        raise ConfigError(
+            f"sampler.temperature = 0: {algorithm.name} weighs completions by the probability with which they were "
+            'drawn, and here nothing is. Use a temperature above 0, or algorithm.density = "untempered".'
+        )
+    if needs.reference_share and not getattr(sampler.value, "mixes", False):
+        raise ConfigError(
+            f"sampler.type = {sampler.name!r}: with these settings it reads one model, and {algorithm.name} draws "
+            f"{needs.reference_share:.3g} of its logits from the reference. Use 'low_confidence' without a cache, "
+            "'random_remasking', 'roar' or 'dream', or give the reference no share in [algorithm]."
+        )
     return config
 
 

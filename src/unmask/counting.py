@@ -51,7 +51,7 @@ def count_passes(
     """Every model pass of the run; `num_masks` is K of one draw, then numbers of examples, `block_size` the policy's,
     and K of the copies that weights of whole rollouts are made of.
 
-    collect     S forwards a rollout; of trees the forwards of the edges, of re-rolls those to be expected
+    collect     S forwards a rollout, 2 S from a mixture; of trees those of the edges, of re-rolls those to be expected
     old         one for each draw but the first          reference  one for each draw
     evidence    one for each model that reads it         kl         the reference in every pass of an update
     value model see `value_passes`
@@ -87,11 +87,12 @@ def collecting(recipe: Recipe, block_size: int | None) -> Iterator[Passes]:
     """What is sampled for all batches that are rolled out, one entry for each kind."""
     assert recipe.rollout and recipe.sampler
     num_steps, times = rehearse(recipe.sampler.value, 1, block_size).forwards, num_collected(recipe)
+    num_models = 2 if recipe.algorithm.value.needs.reference_share else 1
     found: dict[str, Passes] = {}
     for name, rows, forwards in recipe.rollout.sampled(num_steps):
-        calls = times * -(-rows // recipe.rollout.batch_size) * forwards
+        calls = times * -(-rows // recipe.rollout.batch_size) * forwards * num_models
         before = found.get(name, Passes(name, "collect", 0, 0))
-        sequences = before.sequences + times * rows * forwards
+        sequences = before.sequences + times * rows * forwards * num_models
         found[name] = Passes(name, "collect", before.forwards + calls, sequences)
     yield from found.values()
 

@@ -233,8 +233,9 @@ def trimmed(batch: PromptBatch) -> PromptBatch:
 
 
 def join_samples(parts: Sequence[Samples]) -> Samples:
-    """The rows of all parts."""
-    return Samples(*(torch.cat([getattr(p, name) for p in parts]) for name in Samples.__dataclass_fields__))
+    """The rows of all parts; a record that one of them does not have is left out."""
+    columns = ([getattr(part, name) for part in parts] for name in Samples.__dataclass_fields__)
+    return Samples(*(None if any(x is None for x in column) else torch.cat(column) for column in columns))  # type: ignore[arg-type]
 
 
 def verdicts(
@@ -310,6 +311,7 @@ def judged(
         reveal_step=samples.reveal_step,
         sample_logps=samples.logps,
         nfe=samples.nfe,
+        drawn_logps=samples.drawn_logps,
         prompts=texts,
         completions=completions,
         statuses=[str(s.status) for s in scores],

@@ -19,6 +19,7 @@ from unmask.errors import ConfigError, TrainingError
 from unmask.likelihood import sequence_estimate
 from unmask.ranks import gather_rollouts, gather_rows, num_ranks, own_rows
 from unmask.rollout import Source, TextPolicy, rollout_metrics
+from unmask.samplers.mixture import GeometricMixture
 from unmask.schedule import OptimizerConfig, TrainerConfig
 from unmask.scoring import micro_batches, score, score_copies
 from unmask.sharding import make_updates, place
@@ -138,7 +139,7 @@ class Trainer:
         with self.phase("collect"):
             fresh = None
             if self.buffer.is_due(iteration):
-                own = self.source.collect(self.policy, iteration, own_rows(self.source.batch_rows))
+                own = self.source.collect(self.writer(), iteration, own_rows(self.source.batch_rows))
                 fresh = gather_rollouts(own)
             rollouts = self.buffer.exchange(fresh, iteration)
             advantages = self.algorithm.advantages(rollouts.rewards, rollouts.groups)
@@ -152,6 +153,11 @@ class Trainer:
             batch.metrics |= rollout_metrics(fresh or rollouts) | self.buffer.metrics(rollouts, iteration)
             batch.metrics |= self.learn_values(batch) | self.monitor(rollouts)
         return batch
+
+    def writer(self) -> Any:
+        """Whom rollouts are drawn from: the policy, or its mixture with the reference that the algorithm asks for."""
+        share = self.algorithm.needs.reference_share
+        return GeometricMixture(self.policy, self.needed_reference(), share) if share else self.policy
 
     def draw(self, rollouts: Rollouts) -> list[Draw]:
         """Masks for every inner iteration, drawn before the first update."""
@@ -352,6 +358,7 @@ class Trainer:
             evidence=batch.evidence,
             values=batch.values,
             sample_logps=rollouts.sample_logps,
+            drawn_logps=rollouts.drawn_logps,
             process_rewards=rollouts.process_rewards,
             uniform=draw.uniform,
             progress=self.state.step / self.total_steps,

@@ -89,6 +89,9 @@ class Samples:
     reveal_step: Tensor  # (B, L) int64
     logps: Tensor  # (B, L) float64, nats: untempered log-probability of each token in the state that revealed it
     nfe: Tensor  # (B,) int64, model forwards that this row took part in
+    drawn_logps: Tensor | None = None
+    """(B, L) float64, nats: as `logps`, in the law that the token was drawn from (temperature, top-p, top-k). None: the
+    sampler keeps no such record."""
 
     def __len__(self) -> int:
         return self.completion_ids.shape[0]
@@ -121,6 +124,7 @@ class Rollouts:
     sampled_at: Tensor | None = None  # (B,) int64, batch whose policy wrote the row; None: nobody asks
     window: Tensor | None = None  # (B, 2) int64, reveal steps [first, end) of a tree's edge; None: all steps
     process_rewards: Tensor | None = None  # (B,) float64, what a rollout strategy found out about the way there
+    drawn_logps: Tensor | None = None  # (B, L) float64, nats, see `Samples`; None: nobody recorded it
 
     def __len__(self) -> int:
         return self.completion_ids.shape[0]
@@ -235,6 +239,11 @@ class Needs:
     """The old policy reads them too."""
     order: bool = False
     """The steps in which tokens were revealed, and their log-probabilities then: no sampler that takes tokens back."""
+    drawn: bool = False
+    """The log-probabilities of tokens in the law that they were drawn from: no sampler at temperature 0."""
+    reference_share: float = 0.0
+    """b, in [0, 1): rollouts are drawn from logits (1 - b) · policy + b · reference. What their record of
+    log-probabilities says is then the mixture's."""
     value: ValueNeeds | None = None
 
 
@@ -256,6 +265,7 @@ class LossInputs:
     evidence: Evidence | None = None
     values: Tensor | None = None  # (B,) of the value model; differentiable where that learns through this loss
     sample_logps: Tensor | None = None  # (B, L) nats, see `Samples.logps`
+    drawn_logps: Tensor | None = None  # (B, L) nats, see `Samples.drawn_logps`
     process_rewards: Tensor | None = None  # (B,)
     uniform: Tensor | None = None  # (B,) in [0, 1)
     progress: float = 0.0  # share of the run's updates that are made

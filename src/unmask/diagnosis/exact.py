@@ -54,6 +54,7 @@ def shorten(rollouts: Rollouts, length: int, *, noise: NoiseLike) -> ShortRows:
         completion_ids=rollouts.completion_ids.gather(1, position),
         reveal_step=rollouts.reveal_step.gather(1, position),
         sample_logps=rollouts.sample_logps.gather(1, position),
+        drawn_logps=None,
         length=torch.full_like(rollouts.length, length),
     )
     return ShortRows(rollouts, short, position, turn)

@@ -189,7 +189,9 @@ class Footprint:
         recipe, trainer = self.recipe, self.recipe.trainer
         if name == "rollout":
             assert recipe.sampler and recipe.rollout
-            return self._sampling(recipe.sampler.value, min(recipe.rollout.batch_size, self.own_rows))
+            rows = min(recipe.rollout.batch_size, self.own_rows)
+            is_mixture = recipe.algorithm.value.needs.reference_share > 0
+            return self._sampling(recipe.sampler.value, rows, is_mixture=is_mixture)
         if name == "evaluation":
             assert recipe.evaluation_sampler
             rows = -(-max(self.lengths.num_held_out, self.lengths.num_final) // self.setting.num_gpus)
@@ -234,10 +236,10 @@ class Footprint:
     def decoding(self, sampler: Any) -> Decoding:
         return rehearse(sampler, self.lengths.longest_prompt, self.skeleton.block_size)
 
-    def _sampling(self, sampler: Any, rows: int) -> Counter[str]:
+    def _sampling(self, sampler: Any, rows: int, *, is_mixture: bool = False) -> Counter[str]:
         asked = self.decoding(sampler)
         canvases = Canvases(rows, asked.most_tokens, max(1, asked.most_wanted), self.lengths.is_padded)
-        used = self.rehearsal.sample(canvases, getattr(sampler, "temperature", 0.0))
+        used = self.rehearsal.sample(canvases, getattr(sampler, "temperature", 0.0), is_mixture=is_mixture)
         return used + Counter(rollouts=rows * asked.cached * self.skeleton.cache_bytes_per_token)
 
     def _divided(self, used: Counter[str], parts: tuple[str, ...] = ("gradients",)) -> Counter[str]:
@@ -269,6 +271,7 @@ def sketch_rollouts(rows: int, lengths: Lengths) -> Rollouts:
         length=torch.full((rows,), lengths.completion),
         reveal_step=torch.arange(lengths.completion).repeat(rows, 1),
         sample_logps=torch.zeros(shape, dtype=torch.float64),
+        drawn_logps=torch.zeros(shape, dtype=torch.float64),
         nfe=number,
     )
 

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from unmask.models.chunked_head import chunked_head
 from unmask.models.heads import MaskedLMHead
 from unmask.models.outputs import summarise_logits
-from unmask.samplers.draw import draw_tokens, token_logps, token_probabilities
+from unmask.samplers.draw import draw_tokens, recorded_logps, token_probabilities
 from unmask.types import TokenOutput
 
 META = torch.device("meta")
@@ -203,15 +203,18 @@ class Rehearsal:
         (enable or self.module.gradient_checkpointing_enable)(settings)  # type: ignore[operator]
         self.module.train()  # transformers checkpoints in training mode only
 
-    def sample(self, canvases: Canvases, temperature: float) -> Counter[str]:
-        """One forward of a sampler, and the draw from its logits."""
+    def sample(self, canvases: Canvases, temperature: float, *, is_mixture: bool = False) -> Counter[str]:
+        """One forward of a sampler, or two from a mixture, and the draw from its logits."""
         with torch.no_grad(), self._running(canvases) as (ledger, call):
             logits = call(want=("logits",))["logits"]
+            other = call(want=("logits",))["logits"] if is_mixture else None
             with ledger.booking("logits"):
+                if other is not None:
+                    logits = 0.5 * logits + 0.5 * other
                 uniforms = torch.empty(len(logits), dtype=torch.float64, device=META)
                 tokens = draw_tokens(logits, temperature, uniforms)
                 token_probabilities(logits, tokens)
-                token_logps(logits, tokens, torch.float64)
+                recorded_logps(logits, tokens, temperature)
         return ledger.peak
 
     def score(self, canvases: Canvases, *, entropy: bool) -> Counter[str]:

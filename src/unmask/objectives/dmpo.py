@@ -6,10 +6,12 @@ as if they had been drawn from it:
     w_i = softmax over the group of coef · (ℓ_i + r_i/α),     ℓ_i = log p_ref(y_i) - log p_old(y_i)      ("log_rnd")
 
 ℓ is taken along the order σ in which the sampler revealed the tokens, or as a difference of ELBO estimates on the same
-masks. log p_old(y; σ) is the sum of the log-probabilities that the sampler noted, which are those of temperature 1
-("untempered") whatever temperature the tokens were drawn at: the form of the paper and of its code. At another
-temperature the completions do not follow that density and w is no exact importance weight. The numbers stay with the
-rollout, so that completions out of a buffer keep the policy that wrote them.
+masks. log p_old(y; σ) is the sum of the log-probabilities that the sampler noted. "untempered", they are those of
+temperature 1 whatever temperature the tokens were drawn at: the form of the paper and of its code. At another
+temperature the completions do not follow that density and w is no exact importance weight. "tempered", they are those
+of the law q that the tokens were drawn from; the reference stays at temperature 1, because it is the target that is
+made of it: w ∝ p_ref · exp(r/α) / q. The numbers stay with the rollout, so that completions out of a buffer keep the
+policy that wrote them.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from unmask.objectives.policy_gradient import chosen_mean, old_scores, require, 
 from unmask.objectives.target_weights import (
     LIKELIHOODS,
     WEIGHTS,
+    check_density,
     check_target_weights,
     draw_evidence,
     draw_replicates,
@@ -75,6 +78,9 @@ class DmpoWDCE:
     likelihood: str = "order"
     """What ℓ is made of. "order": log-likelihoods along the reveal order, exact where that does not depend on the
     policy; "elbo": ELBO estimates of both models on the same masks, for every other sampler."""
+    density: str = "untempered"
+    """log p_old along the order: "untempered", of temperature 1 (paper and code); "tempered", of the law that the
+    sampler drew from, with which w is an exact importance weight at any temperature. Asks for likelihood "order"."""
     num_evidence_masks: int = 4
     """Copies for each ELBO of ℓ, in complementary pairs; even. Without effect with "order"."""
     baseline: str = "negative"
@@ -130,6 +136,8 @@ class DmpoWDCE:
             self.num_masks,
             "coupled masks come in complementary pairs, so it must be even. Try 2 or 4, or algorithm.coupled = false.",
         )
+        is_read = self.weights == "target" or self.baseline == "unbias"
+        check_density(self, is_read=is_read and self.likelihood == "order")
 
     @property
     def is_row_separable(self) -> bool:
@@ -159,7 +167,8 @@ class DmpoWDCE:
         log_rnd = log_density_ratio(self, x)
         moved = log_rnd
         if self.baseline == "unbias":
-            moved = bound.detach().double() - old_tokens(x, self.likelihood, self.count_positions).sum(1)
+            old = old_tokens(x, self.likelihood, self.count_positions, self.density).sum(1)
+            moved = bound.detach().double() - old
         signed, weight, coef = signed_weights(self, x.rewards.double(), x.groups, log_rnd, moved)
         num_groups = len(x.groups.unique())
         loss = -(signed.to(bound) * bound).sum() / (num_groups * x.logps.shape[-1])
@@ -202,6 +211,10 @@ class DmpoWDDO:
     likelihood: str = "order"
     """What ℓ is made of. "order": log-likelihoods along the reveal order, exact where that does not depend on the
     policy; "elbo": ELBO estimates of both models on the same masks, for every other sampler."""
+    density: str = "untempered"
+    """log p_old along the order: "untempered", of temperature 1 (paper and code); "tempered", of the law that the
+    sampler drew from, with which w is an exact importance weight at any temperature. Asks for "order"
+    in `likelihood` and `old_likelihood`."""
     num_evidence_masks: int = 4
     """Copies for each ELBO of ℓ, in complementary pairs; even. Without effect with "order"."""
     old_likelihood: str = "elbo"
@@ -250,6 +263,8 @@ class DmpoWDDO:
             self.num_masks,
             f"copies come in {parts}, so it must be a multiple of {step}. Try {step} or {2 * step}.",
         )
+        is_order = self.likelihood == "order" or self.weights != "target"
+        check_density(self, is_read=is_order and self.old_likelihood == "order")
 
     @property
     def needs(self) -> Needs:
@@ -297,7 +312,7 @@ class DmpoWDDO:
             # copy by copy before the sum: a small difference of large sums would lose digits in float32
             logps = logps - old_scores(x, "DmpoWDDO")[0].to(logps)
         else:
-            old = old_tokens(x, self.old_likelihood, self.count_positions).sum(1).to(logps)
+            old = old_tokens(x, self.old_likelihood, self.count_positions, self.density).sum(1).to(logps)
         weighted = x.corruption.weight.to(logps) * logps  # (B, K, L)
         parts: Sequence[Tensor] = (weighted, weighted)
         if self.use_independent_halves:

@@ -20,6 +20,7 @@ from unmask.types import Corruption, Evidence, LossInputs, Needs, NoiseLike, Rol
 
 WEIGHTS = ("target", "reward", "raw")
 LIKELIHOODS = ("order", "elbo")
+DENSITIES = ("untempered", "tempered")
 _BISECTIONS = 50  # 2^-50 of the range: the last bits of a float64
 
 
@@ -34,6 +35,7 @@ def check_target_weights(algorithm: Any, weights: Sequence[str]) -> None:
         'α divides rewards. Use a number above 0; what the published code calls 0 is weights = "reward".',
     )
     require_choice("likelihood", a.likelihood, LIKELIHOODS)
+    require_choice("density", a.density, DENSITIES)
     require_choice("count_positions", a.count_positions, COUNT_POSITIONS)
     require(
         a.num_evidence_masks >= 2 and a.num_evidence_masks % 2 == 0,
@@ -63,6 +65,18 @@ def evidence_needs(algorithm: Any, *, is_old_used: bool) -> Needs:
         evidence=a.draw_evidence if is_read else None,
         evidence_old=is_read and not is_order,
         order=is_order and (has_target or is_old_used),
+        drawn=a.density == "tempered",
+    )
+
+
+def check_density(algorithm: Any, *, is_read: bool) -> None:
+    """Raises: ConfigError for "tempered" unless `is_read`: log p_old is read, and everywhere along the order."""
+    require(
+        is_read or algorithm.density == "untempered",
+        "density",
+        algorithm.density,
+        "is the density of the drawn tokens along the order, and log p_old is not read from that alone. Use "
+        'algorithm.likelihood = "order" (in dmpo_wddo algorithm.old_likelihood = "order" too), or "untempered".',
     )
 
 
@@ -102,8 +116,11 @@ def old_tokens(
     x: LossInputs,
     likelihood: str,
     count_positions: str,
+    density: str,
 ) -> Tensor:  # (B, L) float64, nats
     """Each position's share of log p_old(y): the sampler's own numbers for "order", the old ELBO's for "elbo".
+
+    Of the sampler's numbers those of temperature 1 ("untempered"), or of the law that it drew from ("tempered").
 
     Raises: ValueError if what it is read from is missing.
     """
@@ -112,11 +129,13 @@ def old_tokens(
         if evidence.old_logps is None:
             raise ValueError("DMPO's loss() got no evidence.old_logps; score the old policy on the same copies.")
         return token_estimate(evidence.old_logps.double(), evidence.corruption)
-    if x.sample_logps is None:
-        raise ValueError("DMPO's loss() got no sample_logps; pass the sampler's log-probabilities.")
+    name = "drawn_logps" if density == "tempered" else "sample_logps"
+    logps: Tensor | None = getattr(x, name)
+    if logps is None:
+        raise ValueError(f"DMPO's loss() got no {name}; pass the sampler's log-probabilities.")
     positions = x.logps.shape[-1]
     counted = counted_positions(sequence_length(x.length, positions, count_positions), positions)
-    return x.sample_logps.double() * counted
+    return logps.double() * counted
 
 
 def log_density_ratio(
@@ -128,7 +147,7 @@ def log_density_ratio(
         return x.rewards.new_zeros(len(x), dtype=torch.float64)
     evidence = evidence_of(x)
     ref = token_estimate(evidence.ref_logps.double(), evidence.corruption)  # (B, L)
-    difference: Tensor = ref - old_tokens(x, algorithm.likelihood, algorithm.count_positions)
+    difference: Tensor = ref - old_tokens(x, algorithm.likelihood, algorithm.count_positions, algorithm.density)
     return difference.sum(1)
 
 

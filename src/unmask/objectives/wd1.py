@@ -1,4 +1,4 @@
-"""wd1, arXiv:2507.08838: weighted likelihood instead of a ratio; with wd1-P, its positive part alone."""
+"""wd1, arXiv:2507.08838: weighted likelihood instead of a ratio; with wd1-P, its positive part, and wd1++, by steps."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from unmask.advantages import ADVANTAGES, group_softmax
 from unmask.corruption import draw_full_mask
+from unmask.corruption_steps import draw_trajectory
 from unmask.likelihood import sequence_estimate
 from unmask.objectives.policy_gradient import (
     check_num_masks,
@@ -16,8 +17,11 @@ from unmask.objectives.policy_gradient import (
     check_reading,
     chosen_mean,
     require,
+    require_choice,
 )
 from unmask.types import Corruption, LossInputs, LossOutput, Needs, NoiseLike, Rollouts
+
+LIKELIHOODS = ("mean_field", "trajectory")
 
 
 @dataclass(frozen=True)
@@ -29,8 +33,18 @@ class WD1:
         log π(y_i) = Σ_k c_ik log π(y_ik | prompt with some tokens masked, all masked)
 
     N is the number of groups; c marks the positions up to and including the stop token; the sum over k is not divided
-    by a length. The target is the geometric mixture of old policy and reference, tilted by the reward; neither is
-    scored, and nothing is clipped. `positive_only` leaves out w⁻ (wd1-P).
+    by a length. The target is the geometric mixture of old policy and reference, tilted by the reward:
+
+        argmax_π  E_π[A] - old_coef · KL(π ‖ π_old) - ref_coef · KL(π ‖ π_ref)  ∝  π_old^(1-b) · π_ref^b · exp(ψ A)
+        b = ref_coef / (old_coef + ref_coef)
+
+    so the weights belong to rollouts of that mixture, which with `ref_coef` above 0 they are drawn from, token by
+    token. Neither model is scored, and nothing is clipped. `positive_only` leaves out w⁻ (wd1-P).
+
+    With `likelihood = "trajectory"` (wd1++) the weights are the same, and the likelihood is that of the steps in which
+    the sampler wrote the completion, s(k) the step that revealed token k:
+
+        log π(y_i; s_i) = Σ_k c_ik log π(y_ik | prompt, tokens of steps before s_i(k))
 
     Defaults are the paper's. The paper takes the softmax over the completions of all prompts, its code over those of
     one device's micro-batch; we take it over the group, which is what the code does when a device holds one group. The
@@ -39,6 +53,10 @@ class WD1:
     Oracle: tests/test_wd1.py::test_loss_equals_the_loop_oracle
     """
 
+    likelihood: str = "mean_field"
+    """"mean_field": all tokens at once, behind partly masked prompts; "trajectory": each in the state that the sampler
+    revealed it in (wd1++), one copy for each step, the same in all passes. It draws nothing at random: it goes with
+    prompt_mask_ratio 0, fresh_masks false and num_masks 1."""
     num_masks: int = 1
     """K, draws of the prompt mask whose log-probabilities are averaged. Without prompt masking one copy is read, as
     all would be the same."""
@@ -51,8 +69,8 @@ class WD1:
     old_coef: float = 1.0
     """λ, pull to the old policy; larger values flatten the weights."""
     ref_coef: float = 0.0
-    """β, pull to the reference. Only 0: above it rollouts come from a mixture with the reference's logits, which no
-    sampler here draws from."""
+    """β, pull to the reference. Above 0 rollouts are drawn from logits (1 - b) · policy + b · reference, with
+    b = β / (λ + β), which takes two forwards a step; larger values flatten the weights."""
     positive_only: bool = False
     """True leaves out the negative weights: wd1-P."""
     advantage: str = "group_centered"
@@ -67,6 +85,7 @@ class WD1:
 
     def __post_init__(self) -> None:
         check_reading(self)
+        require_choice("likelihood", self.likelihood, LIKELIHOODS)
         check_num_masks(self.num_masks)
         check_prompt_mask_ratio(self.prompt_mask_ratio)
         require(
@@ -76,25 +95,37 @@ class WD1:
             "λ, a temperature of the weights. Use a number above 0; 1 is the published setting.",
         )
         require(
-            self.ref_coef == 0,
+            0 <= self.ref_coef < float("inf"),
             "ref_coef",
             self.ref_coef,
-            "above 0 (the paper's β) rollouts must be drawn from a geometric mixture of policy and reference, and no "
-            "sampler here has a second policy. Use 0, the published setting.",
+            "β, the pull to the reference. Use 0, the published setting, or more.",
         )
+        if self.likelihood == "trajectory":
+            for field, value in (("prompt_mask_ratio", 0), ("fresh_masks", False), ("num_masks", 1)):
+                require(
+                    getattr(self, field) == value,
+                    field,
+                    getattr(self, field),
+                    'with likelihood = "trajectory" the copies are the states of the sampler, and nothing is masked at '
+                    "random. Set algorithm.prompt_mask_ratio = 0, algorithm.fresh_masks = false and "
+                    "algorithm.num_masks = 1.",
+                )
 
     @property
     def needs(self) -> Needs:
-        return Needs()
+        share = self.ref_coef / (self.old_coef + self.ref_coef)
+        return Needs(reference_share=share, order=self.likelihood == "trajectory")
 
     def advantages(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """(B,) the signed weights w⁺ - w⁻; they add up to zero in each group. With `positive_only` w⁺, to one."""
-        scaled = ADVANTAGES[self.advantage](rewards, groups) / self.old_coef  # ref_coef is 0
+        scaled = ADVANTAGES[self.advantage](rewards, groups) / (self.old_coef + self.ref_coef)
         positive = group_softmax(scaled, groups)
         return positive if self.positive_only else positive - group_softmax(-scaled, groups)
 
     def draw(self, rollouts: Rollouts, *, noise: NoiseLike, iteration: int = 0) -> Corruption:
-        """Fully masked completions behind partly masked prompts."""
+        """Fully masked completions behind partly masked prompts, or the states of the sampler."""
+        if self.likelihood == "trajectory":
+            return draw_trajectory(rollouts, count_positions=self.count_positions)
         return draw_full_mask(
             rollouts,
             self.num_masks if self.prompt_mask_ratio > 0 else 1,
@@ -111,7 +142,7 @@ class WD1:
         metrics = {
             "policy_loss": float(loss.detach()),
             "weight_max": float(weight.abs().max()),
-            "mean_field_logp_good": chosen_mean(logps, weight > 0),
-            "mean_field_logp_bad": chosen_mean(logps, weight < 0),
+            f"{self.likelihood}_logp_good": chosen_mean(logps, weight > 0),
+            f"{self.likelihood}_logp_bad": chosen_mean(logps, weight < 0),
         }
         return LossOutput(loss, metrics)

@@ -48,6 +48,7 @@ class BlockDiffusion:
 
     keeps_tokens: ClassVar[bool] = True
     continues: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, None, self.temperature)

@@ -34,10 +34,13 @@ class Canvas:
     rollout_index: Tensor  # (B, 1) int64
     reveal_step: Tensor  # (B, L) int64
     logps: Tensor  # (B, L) float64, nats
-    nfe: Tensor  # (B, 1) int64, forwards that the row took part in and that a `write` answered
+    drawn_logps: Tensor  # (B, L) float64, nats
+    nfe: Tensor  # (B, 1) int64, steps that the row took part in and that a `write` answered
     on_step: Callable[[Tensor], None] | None
     first_step: int = 0
     """Steps that were made before this canvas was opened; they count in `nfe` while it is being filled."""
+    forwards_per_step: int = 1
+    """Two where a step reads two models, or the canvas with and without its prompt; four where both."""
 
     @property
     def prompt_length(self) -> int:
@@ -89,10 +92,12 @@ class Canvas:
         slots: Tensor,  # (B, k) int64
         tokens: Tensor,  # (B, k) int64
         logps: Tensor,  # (B, k) float64, nats
+        drawn_logps: Tensor,  # (B, k) float64, nats
     ) -> None:
-        """Fix tokens and close the step."""
+        """Fix tokens and close the step; the two records are those of `Samples`."""
         self.ids.scatter_(1, slots + self.prompt_length, tokens)
         self.logps.scatter_(1, slots, logps)
+        self.drawn_logps.scatter_(1, slots, drawn_logps)
         self.reveal_step.scatter_(1, slots, self.nfe.expand_as(slots))
         self._close_step(torch.ones_like(self.nfe))
 
@@ -101,11 +106,13 @@ class Canvas:
         chosen: Tensor,  # (B, L) bool, n of them
         tokens: Tensor,  # (n,) int64, row by row
         logps: Tensor,  # (n,) float64, nats
+        drawn_logps: Tensor,  # (n,) float64, nats
         took_part: Tensor | None = None,  # (B, 1) bool; None: every row
     ) -> None:
         """As `write`, for rows that fix unequally many slots; the step counts for the rows that took part."""
         self.ids[:, self.prompt_length :].masked_scatter_(chosen, tokens)
         self.logps.masked_scatter_(chosen, logps)
+        self.drawn_logps.masked_scatter_(chosen, drawn_logps)
         self.reveal_step.copy_(torch.where(chosen, self.nfe, self.reveal_step))
         self._close_step(torch.ones_like(self.nfe) if took_part is None else took_part)
 
@@ -127,8 +134,9 @@ class Canvas:
                 f"first: prompt {int(self.prompt_key[row])}, completion position {slot}. "
                 "Check the weights; a lower learning rate keeps training from getting here."
             )
-        made = self.nfe[:, 0] - self.first_step
-        return Samples(self.ids[:, self.prompt_length :].clone(), self.reveal_step, self.logps, made)
+        made = (self.nfe[:, 0] - self.first_step) * self.forwards_per_step
+        completion_ids = self.ids[:, self.prompt_length :].clone()
+        return Samples(completion_ids, self.reveal_step, self.logps, made, self.drawn_logps)
 
 
 def read_logits(
@@ -178,6 +186,8 @@ def _go_to(canvas: Canvas, start: Start) -> None:
     completion.copy_(torch.where(is_fixed, samples.completion_ids, completion))
     canvas.reveal_step.copy_(torch.where(is_fixed, samples.reveal_step, canvas.reveal_step))
     canvas.logps.copy_(torch.where(is_fixed, samples.logps, canvas.logps))
+    assert samples.drawn_logps is not None, "what can be continued was drawn on a canvas"
+    canvas.drawn_logps.copy_(torch.where(is_fixed, samples.drawn_logps, canvas.drawn_logps))
     canvas.nfe.fill_(start.step)
     canvas.first_step = start.step
 
@@ -203,8 +213,10 @@ def new_canvas(
         rollout_index=prompts.rollout_index.to(policy.device)[:, None],
         reveal_step=torch.full_like(masks, -1),
         logps=torch.zeros(shape, dtype=torch.float64, device=policy.device),
+        drawn_logps=torch.zeros(shape, dtype=torch.float64, device=policy.device),
         nfe=masks.new_zeros(len(prompts), 1),
         on_step=on_step,
+        forwards_per_step=getattr(policy, "num_models", 1),
     )
 
 

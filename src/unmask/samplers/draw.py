@@ -41,11 +41,29 @@ def token_logps(
     logits: Tensor,  # (N, V)
     ids: Tensor,  # (N,) int64
     dtype: torch.dtype,
+    temperature: float = 1.0,  # above 0
 ) -> Tensor:  # (N,) nats
-    """log softmax(logits) at `ids`, with logits cast to `dtype` first."""
+    """log softmax(logits / temperature) at `ids`, with logits cast to `dtype` first."""
     rows = max(1, _SLICE_NUMBERS // logits.shape[-1])
-    log_total = torch.cat([part.to(dtype).logsumexp(-1) for part in logits.split(rows)])
-    return logits.gather(-1, ids[:, None]).squeeze(-1).to(dtype) - log_total
+    log_total = torch.cat([(part.to(dtype) / temperature).logsumexp(-1) for part in logits.split(rows)])
+    return logits.gather(-1, ids[:, None]).squeeze(-1).to(dtype) / temperature - log_total
+
+
+def recorded_logps(
+    logits: Tensor,  # (N, V)
+    ids: Tensor,  # (N,) int64, what `draw_tokens` gave at this temperature
+    temperature: float,
+) -> tuple[Tensor, Tensor]:  # (N,) float64, nats, each
+    """Log-probabilities of drawn ids: untempered, and in the law that they were drawn from.
+
+    The second is log softmax(logits / temperature), and 0 at temperature 0, where nothing is left to chance.
+    """
+    logps = token_logps(logits, ids, torch.float64)
+    if temperature == 1:
+        return logps, logps
+    if temperature == 0:
+        return logps, torch.zeros_like(logps)
+    return logps, token_logps(logits, ids, torch.float64, temperature)
 
 
 def token_probabilities(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unmask.errors import ConfigError
 from unmask.samplers.canvas import Canvas, Start, open_canvas
-from unmask.samplers.draw import draw_tokens, token_logps
+from unmask.samplers.draw import draw_tokens, recorded_logps, token_logps
 from unmask.samplers.plan import check_lengths, check_steps, time_grid_counts, time_grid_shares
 from unmask.samplers.reveal import fix_candidates, surest
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
@@ -56,6 +56,7 @@ class Dream:
 
     keeps_tokens: ClassVar[bool] = True
     continues: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, None, self.temperature)
@@ -117,7 +118,8 @@ class Dream:
             # the largest of score plus Gumbel noise are draws without replacement from softmax(score)
             chance = canvas.uniforms(noise.stream("position"), canvas.nfe, _slots(is_open))[is_open]
             confidence = confidence.double() / self.alg_temp - (-chance.log()).log()
-        return fix_candidates(canvas, is_open, logits, tokens, confidence, partial(surest, count=count))
+        rule = partial(surest, count=count)
+        return fix_candidates(canvas, is_open, logits, tokens, confidence, rule, self._record)
 
     def _fix_independently(
         self,
@@ -131,7 +133,7 @@ class Dream:
         chosen = is_open & (canvas.uniforms(noise.stream("position"), canvas.nfe, _slots(is_open)) < share)
         logits = canvas.logits_where(policy, chosen)  # (n, V)
         tokens, _ = self._candidates(logits, self._uniforms(canvas, chosen, noise))
-        canvas.write_where(chosen, tokens, token_logps(logits, tokens, torch.float64))
+        canvas.write_where(chosen, tokens, *self._record(logits, tokens))
         return is_open & ~chosen
 
     def _uniforms(
@@ -155,13 +157,26 @@ class Dream:
         tokens, confidence = torch.empty_like(logits[:, 0], dtype=torch.int64), torch.zeros_like(logits[:, 0])
         for start in range(0, len(logits), rows):
             part = slice(start, start + rows)
-            tempered = logits[part] / self.temperature if self.temperature > 0 else logits[part]
-            kept = cut(tempered, self.top_p, self.top_k)
+            kept = self._law(logits[part])
             drawn = draw_tokens(kept, float(self.temperature > 0), None if uniforms is None else uniforms[part])
             tokens[part] = drawn
             if self.alg != "origin":
                 confidence[part] = _confidence(kept.softmax(-1), drawn, self.alg)
         return tokens, confidence
+
+    def _law(self, logits: Tensor) -> Tensor:
+        """(n, V) -> (n, V): logits of what tokens are drawn from, tempered and cut; at temperature 0 cut alone."""
+        tempered = logits / self.temperature if self.temperature > 0 else logits
+        return cut(tempered, self.top_p, self.top_k)
+
+    def _record(
+        self,
+        logits: Tensor,  # (n, V)
+        tokens: Tensor,  # (n,) int64
+    ) -> tuple[Tensor, Tensor]:  # (n,) float64, nats, each
+        """Untempered log-probabilities, and those in the law that the tokens were drawn from."""
+        _, drawn = recorded_logps(self._law(logits), tokens, float(self.temperature > 0))
+        return token_logps(logits, tokens, torch.float64), drawn
 
 
 def _slots(like: Tensor) -> Tensor:

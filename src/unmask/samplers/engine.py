@@ -83,6 +83,7 @@ class OutsideEngine:
 
     keeps_tokens: ClassVar[bool] = False
     continues: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
     is_outside: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

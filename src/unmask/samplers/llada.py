@@ -35,6 +35,7 @@ class _Blockwise:
 
     keeps_tokens: ClassVar[bool] = True
     continues: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, self.block_length, self.temperature)
@@ -127,6 +128,11 @@ class LowConfidence(_Blockwise):
         return self.cache == "none" and not self.guidance
 
     @property
+    def mixes(self) -> bool:  # type: ignore[override]
+        """Whether it can draw from a mixture of two models: what a cache keeps is one model's."""
+        return self.cache == "none"
+
+    @property
     def gives_tails(self) -> bool:
         """Whether tokens behind a stop token may be given instead of drawn."""
         return self.stop_early and self.num_blocks > 1
@@ -178,7 +184,7 @@ class LowConfidence(_Blockwise):
                     by_entropy=self.entropy_bound is not None,
                 )
         if self.guidance:
-            canvas.nfe *= 2
+            canvas.forwards_per_step *= 2
         return canvas.samples()
 
     def _rules(self, number: int, first_step: int) -> Iterator[Rule]:

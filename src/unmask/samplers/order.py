@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from unmask.samplers.canvas import Canvas, Start, open_canvas
-from unmask.samplers.draw import draw_tokens, token_logps
+from unmask.samplers.draw import draw_tokens, recorded_logps
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
 
 
@@ -41,8 +41,8 @@ def fill_in_random_order(
         slots = order[:, here]  # (B, count)
         logits = canvas.logits(policy, slots)  # (B·count, V)
         tokens = draw_tokens(logits, temperature, None if uniforms is None else uniforms[:, here].flatten())
-        logps = token_logps(logits, tokens, torch.float64)
-        canvas.write(slots, tokens.view_as(slots), logps.view_as(slots))
+        logps, drawn = recorded_logps(logits, tokens, temperature)
+        canvas.write(slots, tokens.view_as(slots), logps.view_as(slots), drawn.view_as(slots))
         place += count
     return canvas.samples()
 

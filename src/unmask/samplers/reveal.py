@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from unmask.samplers.canvas import Canvas
-from unmask.samplers.draw import draw_tokens, token_logps, token_probabilities
+from unmask.samplers.draw import draw_tokens, recorded_logps, token_probabilities
 from unmask.types import NoiseLike
 
 Rule = Callable[[Tensor], Tensor]
@@ -88,7 +89,8 @@ def fix(
         uniforms = canvas.uniforms(noise, canvas.nfe, slots)[is_open]
     tokens = draw_tokens(logits, temperature, uniforms)  # (N,)
     sureness = negative_entropies(logits) if by_entropy else token_probabilities(logits, tokens)  # (N,)
-    return fix_candidates(canvas, is_open, logits, tokens, sureness, rule)
+    record = partial(recorded_logps, temperature=temperature)
+    return fix_candidates(canvas, is_open, logits, tokens, sureness, rule, record)
 
 
 def fix_candidates(
@@ -98,15 +100,16 @@ def fix_candidates(
     tokens: Tensor,  # (N,) int64
     sureness: Tensor,  # (N,)
     rule: Rule,
+    record: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> Tensor:  # (B, L) bool
     """Write those of the candidates that the rule names, and end the step. Returns which slots are still open.
 
-    Recorded are the untempered log-probabilities.
+    `record` gives both log-probabilities of tokens (n,) that were drawn from logits (n, V), see `Samples`.
     """
     chosen = is_open & rule(spread(sureness, is_open))
     fixed = chosen[is_open]  # (N,)
-    logps = token_logps(logits[fixed], tokens[fixed], torch.float64)
-    canvas.write_where(chosen, tokens[fixed], logps, took_part=is_open.any(1, keepdim=True))
+    logps, drawn = record(logits[fixed], tokens[fixed])
+    canvas.write_where(chosen, tokens[fixed], logps, drawn, took_part=is_open.any(1, keepdim=True))
     return is_open & ~chosen
 
 

@@ -33,6 +33,7 @@ class Roar:
 
     keeps_tokens: ClassVar[bool] = True
     continues: ClassVar[bool] = True
+    mixes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, self.block_length, self.temperature)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from unmask.errors import ConfigError
 from unmask.samplers.canvas import Canvas, end_rows, open_canvas
-from unmask.samplers.draw import draw_tokens, token_logps, token_probabilities
+from unmask.samplers.draw import draw_tokens, recorded_logps, token_probabilities
 from unmask.samplers.plan import check_lengths
 from unmask.samplers.reveal import ranks, spread
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
@@ -56,6 +56,7 @@ class Wino:
 
     keeps_tokens: ClassVar[bool] = False
     continues: ClassVar[bool] = False
+    mixes: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         check_lengths(self.gen_length, self.block_length, self.temperature)
@@ -116,8 +117,8 @@ class Wino:
             num_fixed = chosen.sum(1, keepdim=True)
             _revoke(policy, canvas, self._doubted(held, is_fixed, num_before) & (num_fixed > 1))
             written = chosen[is_open]  # (N,)
-            logps = token_logps(logits[written], tokens[written], torch.float64)
-            canvas.write_where(chosen, tokens[written], logps, took_part=takes_part)
+            logps, drawn = recorded_logps(logits[written], tokens[written], self.temperature)
+            canvas.write_where(chosen, tokens[written], logps, drawn, took_part=takes_part)
             num_before = torch.where(takes_part, num_fixed, num_before)
 
     def _accepted(
@@ -187,3 +188,4 @@ def _revoke(policy: Policy, canvas: Canvas, doubted: Tensor) -> None:
     canvas.ids[:, canvas.prompt_length :].masked_fill_(doubted, policy.mask_token_id)
     canvas.reveal_step.masked_fill_(doubted, -1)
     canvas.logps.masked_fill_(doubted, 0.0)
+    canvas.drawn_logps.masked_fill_(doubted, 0.0)

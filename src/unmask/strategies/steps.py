@@ -105,7 +105,9 @@ class StepSource(GroupSource):
         again = torch.arange(number, device=rows.device).repeat(len(above))
         index = rollouts.rollout_index[rows] * number + again  # unique among the re-rolls of a prompt
         batch = PromptBatch(rollouts.prompt_ids[rows], rollouts.prompt_mask[rows], rollouts.prompt_key[rows], index)
-        done = Samples(rollouts.completion_ids, rollouts.reveal_step, rollouts.sample_logps, rollouts.nfe)
+        done = Samples(
+            rollouts.completion_ids, rollouts.reveal_step, rollouts.sample_logps, rollouts.nfe, rollouts.drawn_logps
+        )
         places = [(step[rows] == t).nonzero()[:, 0] for t in step[rows].unique().tolist()]
         jobs = [(take_rows(batch, p), Start(take_rows(done, rows[p]), int(step[rows[p[0]]]))) for p in places]
         parts = draw_samples(
