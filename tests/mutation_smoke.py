@@ -2,6 +2,7 @@
 
     python -m tests.mutation_smoke                    every mutant; exit code 1 if one survives
     python -m tests.mutation_smoke --only corruption  files whose path contains the word
+    python -m tests.mutation_smoke --sample 10        ten of each file, others with another --seed
     python -m tests.mutation_smoke --list             names the mutants without running them
 
 A mutant is one expression or statement changed in the syntax tree: a sign, an operator, a comparison, a constant, a
@@ -21,6 +22,7 @@ import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
+import random
 import signal
 import sys
 import time
@@ -38,9 +40,9 @@ OWN_TESTS = {"objectives/target_weights.py": ["test_dmpo.py", "test_dmpo_density
 """Tests of a file that has none of its own name."""
 SHARED_TESTS = ("test_objectives.py", "test_all_objectives.py")
 PRELOADED = ("torch", "numpy", "pytest", "tokenizers", "transformers.models.llama.modeling_llama")
-SECONDS_PER_MUTANT = 120
-"""Limit for one child; a mutant that makes the tests hang counts as killed, as it would be noticed."""
-_VERDICTS = (0, 1, 2, -signal.SIGALRM)  # green, a test red, a test file not importable, the limit
+CPU_SECONDS_PER_MUTANT, SECONDS_PER_MUTANT = 120, 1200
+"""Limits for one child; a mutant that makes the tests hang counts as killed, as it would be noticed."""
+_VERDICTS = (0, 1, 2, -signal.SIGPROF, -signal.SIGALRM)  # green, a test red, a file not importable, the limits
 _NO_VERDICT = 70  # exit status of a child that could not run the tests
 _PIPE_BYTES = 4096
 
@@ -356,6 +358,7 @@ def start(mutant: Mutant, kills: Counter[str]) -> tuple[int, int]:
         return pid, reader
     status, witness = _NO_VERDICT, _Witness(kills)
     try:
+        signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS_PER_MUTANT)
         signal.alarm(SECONDS_PER_MUTANT)
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1)
@@ -367,7 +370,7 @@ def start(mutant: Mutant, kills: Counter[str]) -> tuple[int, int]:
 
 
 def run(mutants: Sequence[Mutant], jobs: int) -> Iterator[tuple[Mutant, int, float]]:
-    """(mutant, exit status, CPU seconds) in the order of completion; a child stopped by its alarm has status -14."""
+    """(mutant, exit status, CPU seconds) in the order of completion; a child stopped by a limit has a negative one."""
     waiting, running, kills = list(reversed(mutants)), {}, Counter[str]()
     while waiting or running:
         while waiting and len(running) < jobs:
@@ -435,19 +438,29 @@ def judge(mutants: Sequence[Mutant], jobs: int) -> tuple[int, str]:
     return total[3], table([head, *((name, *map(round, row)) for name, row in [*rows.items(), ("all", total)])])
 
 
+def sampled(mutants: Sequence[Mutant], number: int | None, seed: str) -> Sequence[Mutant]:
+    """So many of them in their order, or all."""
+    if number is None or number >= len(mutants):
+        return mutants
+    return [mutants[i] for i in sorted(random.Random(seed).sample(range(len(mutants)), number))]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the smoke and prints its table; 1 if a mutant survived or an entry of EQUIVALENT names none."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutation_smoke", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--only", default="", help="files whose path contains this")
     parser.add_argument("--jobs", type=int, default=2, help="children at a time (default 2)")
     parser.add_argument("--list", action="store_true", help="name the mutants and stop")
+    parser.add_argument("--sample", type=int, metavar="N", help="so many of each file, chosen by --seed (default: all)")
+    parser.add_argument("--seed", type=int, default=0, help="of --sample (default 0)")
     options = parser.parse_args(arguments)
     names = [name for name in files() if options.only in name]
-    mutants = [mutant for name in names for mutant in mutants_of(name)]
+    found = {name: mutants_of(name) for name in names}
+    mutants = [mutant for name in names for mutant in sampled(found[name], options.sample, f"{options.seed} {name}")]
     if options.list:
         print("\n".join(f"{mutant.file}:{mutant.number}: {mutant.change}" for mutant in mutants))
         return 0
-    keys = {mutant.key for mutant in mutants}
+    keys = {mutant.key for every in found.values() for mutant in every}
     stale = [key for key in EQUIVALENT if key[0] in names and key not in keys]
     preload()
     started = time.perf_counter()

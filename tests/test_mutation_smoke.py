@@ -62,6 +62,14 @@ def test_every_objective_is_mutated_and_tested_first_by_its_own_file():
         assert name.endswith("__init__.py") or len(mutants_of(name)) >= 8
 
 
+def test_a_sample_is_some_of_each_file_and_the_same_again():
+    every = mutants_of("objectives/sapo.py")
+    some = mutation_smoke.sampled(every, 5, "0 sapo")
+    assert len(some) == 5 and some == [mutant for mutant in every if mutant in some]
+    assert some == mutation_smoke.sampled(every, 5, "0 sapo") != mutation_smoke.sampled(every, 5, "1 sapo")
+    assert mutation_smoke.sampled(every, None, "") == mutation_smoke.sampled(every, len(every), "") == every
+
+
 @pytest.mark.slow
 def test_mutation_smoke_has_no_survivor():
     """Every mutant of every file; some minutes on two cores."""
