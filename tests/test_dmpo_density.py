@@ -15,7 +15,7 @@ from tests.oracles import conditionals, make_rollouts, score_copies
 from tests.oracles_steps import dmpo_weights, every_subset, policy_of, trajectory_logp, wdce_loss
 from tests.test_dmpo import BATCH, GROUPS, REWARDS, bounds, with_evidence
 from tests.toys import TabularPolicy
-from unmask.buffer import Buffer, BufferConfig
+from unmask.buffer import Buffer, BufferConfig, join_rollouts
 from unmask.build import train_recipe
 from unmask.errors import ConfigError
 from unmask.noise import Noise
@@ -247,6 +247,14 @@ def test_wddo_reads_the_drawn_record_in_weights_and_in_the_ratio():
 
 
 # ---- refusals
+
+
+def test_batches_of_a_buffer_are_joined_without_a_record_that_one_lacks():
+    bare = replace(BATCH, drawn_logps=None)
+    full = replace(BATCH, drawn_logps=torch.zeros_like(BATCH.sample_logps))
+    for parts in ([bare, full], [full, bare]):
+        assert join_rollouts(parts).drawn_logps is None
+    assert join_rollouts([full, full]).drawn_logps.shape[0] == 2 * len(BATCH)
 
 
 def test_what_is_missing_is_named():

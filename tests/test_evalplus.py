@@ -259,6 +259,21 @@ def test_closeness(differential):
         assert not close(found, expected, 0.1), (found, expected)
 
 
+def test_the_reference_sees_the_inputs_as_they_were(differential):
+    """Where edits of arguments come back, a program that empties its input must not empty the reference's."""
+    total = "def f(xs):\n    return sum(x * x for x in xs)\n"
+    checked = differential.Reference(total, "f", [[[1, 2, 3]], [[4]]], 0)
+
+    def empties(xs):
+        xs.clear()
+        return 0
+
+    with pytest.raises(AssertionError, match="input 0: another value"):
+        checked.check(empties, 0)
+    checked.check(lambda xs: sum(x * x for x in xs) + len(xs[:0]), 0)
+    assert checked.inputs == [[[1, 2, 3]], [[4]]]
+
+
 def test_what_differs_from_the_reference_has_its_type(differential):
     agrees = differential.agrees
     assert agrees(1.0 + 1e-9, 1.0, 0) and agrees([1.0, 2.0 + 1e-9], [1.0, 2.0], 0) and agrees(3, 3.0, 0)

@@ -72,8 +72,15 @@ def test_answers_end_at_done(file, sandbox):
         task = make(file, sandbox, prompt=prompt, num_shots=3)
         example = task.examples("test")[1]  # task 5
         good = "def add5(x):\n    return x + 5\n"
-        more = [good + "[DONE]\nprint('and more", f" '{good}' \n[DONE] \n\n", f"```python\n{good}```\n[DONE]", good]
-        assert [task.score(example, text).value for text in more] == [1.0] * 4
+        next_one = "[DONE]\n\nYou are an expert. [BEGIN]\ndef add5(x):\n    return 2\n```python\npass\n```\n[DONE]"
+        more = [
+            good + next_one,
+            good + "[DONE]\nprint('and more",
+            f" '{good}' \n[DONE] \n\n",
+            f"```python\n{good}```\n[DONE]",
+            good,
+        ]
+        assert [task.score(example, text).value for text in more] == [1.0] * 5
         bad = ["def add5(x): return 7\n[DONE]", f"[DONE]\n{good}", "", "'"]
         assert [task.score(example, text).value for text in bad] == [0.0] * 4
 

@@ -284,6 +284,13 @@ def test_a_changed_recipe_is_refused_with_its_keys_and_allowed_knowingly(stopped
     assert main(["train", "--resume", str(stopped), "optimizer.lr=5e-4", "--quiet"]) == 2
     error = capsys.readouterr().err
     assert "optimizer.lr" in error and "--allow optimizer.lr" in error and error.count("\n") == 1
+    config = stopped / "config.toml"
+    lines = config.read_text().splitlines(keepends=True)
+    older = [
+        line for line in lines if not line.startswith("count_positions = ")
+    ]  # as if the key were newer than the run
+    assert len(older) == len(lines) - 1
+    config.write_text("".join(older))
     assert main(["train", "--resume", str(stopped), "optimizer.lr=5e-4", "--allow", "optimizer.lr", "--quiet"]) == 0
     assert (stopped / "summary.json").exists()
     assert main(["train", "--resume", str(stopped), "--quiet"]) == 2

@@ -154,6 +154,8 @@ LIES = {
     "a reason that is none": (200, verdict_of(reason=None)),
     "a long reason": (200, verdict_of(reason="evil" * 100_000)),
     "time below zero": (200, verdict_of(cpu_seconds=-1.0)),
+    "wrong with every test passed": (200, verdict_of(status="wrong")),
+    "time beyond all floats": (200, verdict_of().replace(b"0.1", b"1" + b"0" * 400)),
     "time that is a text": (200, verdict_of(cpu_seconds="evil")),
     "memory without end": (200, verdict_of(peak_bytes=1 << 60)),
     "one field more": (200, verdict_of(evil=1)),

@@ -88,19 +88,22 @@ def test_tests_share_the_time_of_a_program(sandbox):
     assert found.status == "timeout" and found.passed[:2] == (True, True) and len(found.passed) < 8
 
 
-def test_they_share_its_time_on_the_clock(monkeypatch):
-    clock = iter(range(0, 1000, 2))
-    monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    limits = Limits(cpu=1.0, wall=3.0)
-    passing = {
-        "judge": {"passed": [True]},
-        "candidate": {"signal": 0, "exit": 0, "cpu": 0.0, "memory": 1},
-        "ended": "done",
-    }
-    sleeps = Program("", ["7"] * 20, [], stdin=["2"] * 20, limits=limits)
-    found = streams.run_tests(lambda one: passing, sleeps)  # 2 seconds each, of 2 · 3 + 20 / 2 less the last one's 3
-    assert (found.status, found.reason, found.passed) == ("timeout", "no time on the clock is left", (True,) * 6)
-    assert streams.longest(sleeps) == 16.0
+@pytest.mark.parametrize(("seconds", "num_passed"), [(2, 7), (0.5, 20), (40, 5)])
+def test_they_share_its_time_on_the_clock(monkeypatch, seconds, num_passed):
+    """With 3 seconds each, all 20 have 2 · 3 + 20 / 2 less the last one's 3. What a worker that is lost takes beyond
+    the 3 is not the program's."""
+    now = [0.0]
+
+    def ask(one):
+        now[0] += seconds
+        return {"judge": {"passed": [True]}, "candidate": dict(signal=0, exit=0, cpu=0.0, memory=1), "ended": "done"}
+
+    monkeypatch.setattr(streams, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    program = Program("", ["7"] * 20, [], stdin=["2"] * 20, limits=Limits(cpu=1.0, wall=3.0))
+    found = streams.run_tests(ask, program)
+    assert found.passed == (True,) * num_passed and streams.longest(program) == 16.0
+    if num_passed < 20:
+        assert (found.status, found.reason) == ("timeout", "no time on the clock is left")
 
 
 HOSTILE = {
@@ -173,6 +176,7 @@ def test_rows_of_both_forms(tmp_path, sandbox):
     ("change", "message"),
     [
         ({"outputs": []}, "2 inputs and 0 outputs"),
+        ({"outputs": ["\n", ""]}, "all outputs are blank"),
         ({"inputs": [], "outputs": []}, "0 inputs and 0 outputs"),
         ({"inputs": [1, 2]}, "is a int"),
         ({"input_output": "{"}, "is no"),

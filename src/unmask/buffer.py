@@ -115,8 +115,10 @@ def join_rollouts(batches: Sequence[Rollouts] | deque[Rollouts]) -> Rollouts:
     joined: dict[str, Any] = {}
     for f in fields(Rollouts):
         values = [getattr(part, f.name) for part in parts]
-        if isinstance(values[0], Tensor):
+        if any(value is None for value in values):  # a record that some batch lacks
+            joined[f.name] = None
+        elif isinstance(values[0], Tensor):
             joined[f.name] = torch.cat(values)
         else:
-            joined[f.name] = [item for value in values for item in value] if isinstance(values[0], list) else None
+            joined[f.name] = [item for value in values for item in value]
     return Rollouts(**joined)

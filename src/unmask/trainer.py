@@ -142,6 +142,7 @@ class Trainer:
                 own = self.source.collect(self.writer(), iteration, own_rows(self.source.batch_rows))
                 fresh = gather_rollouts(own)
             rollouts = self.buffer.exchange(fresh, iteration)
+            self.check_record(rollouts)
             advantages = self.algorithm.advantages(rollouts.rewards, rollouts.groups)
         with self.phase("score"):
             draws = self.draw(rollouts)
@@ -153,6 +154,15 @@ class Trainer:
             batch.metrics |= rollout_metrics(fresh or rollouts) | self.buffer.metrics(rollouts, iteration)
             batch.metrics |= self.learn_values(batch) | self.monitor(rollouts)
         return batch
+
+    def check_record(self, rollouts: Rollouts) -> None:
+        """Raises: ConfigError for rollouts without a record that the algorithm reads."""
+        if self.algorithm.needs.drawn and rollouts.drawn_logps is None:
+            raise ConfigError(
+                'algorithm.density = "tempered": these rollouts have no drawn_logps, which their sampler does not '
+                'record or a buffer of an older version does not hold. Use "untempered", or begin a new run with a '
+                "sampler that records them."
+            )
 
     def writer(self) -> Any:
         """Whom rollouts are drawn from: the policy, or its mixture with the reference that the algorithm asks for."""

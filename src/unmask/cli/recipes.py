@@ -79,7 +79,8 @@ def read_resumed(args: argparse.Namespace, check: Callable[[Any, Path], Recipe])
     elif args.recipe:
         given, directory = read_recipe(args.recipe), Path(args.recipe).parent
     recipe = check(apply_overrides(given, overrides), directory)
-    changed = [key for key in differences(began, recipe.tree()) if key not in args.allow]
+    own = check(began, run).tree()  # with the defaults of keys that are newer than the run
+    changed = [key for key in differences(own, recipe.tree()) if key not in args.allow]
     if changed:
         raise ConfigError(
             f"--resume {run}: the recipe differs in {', '.join(changed)}. "

@@ -133,13 +133,14 @@ class Footprint:
     def sketch(self) -> Rollouts:
         """A batch with the right shapes; of trees also the edges."""
         recipe, rollouts = self.recipe, sketch_rollouts(batch_rows(self.recipe), self.lengths)
+        steps = getattr(recipe.sampler.value, "total_steps", None) if recipe.sampler else None
+        if steps:
+            rollouts = replace(rollouts, reveal_step=rollouts.reveal_step * steps // self.lengths.completion)
         if not isinstance(recipe.rollout, TreeConfig):
             return rollouts
-        assert recipe.sampler
-        steps = recipe.sampler.value.total_steps
+        assert steps
         groups, window = recipe.rollout.layout(recipe.rollout.prompts_per_batch, steps)
-        reveal_step = rollouts.reveal_step * steps // self.lengths.completion
-        return replace(rollouts, groups=groups, window=window, reveal_step=reveal_step)
+        return replace(rollouts, groups=groups, window=window)
 
     @cached_property
     def stepping(self) -> tuple[int, Counter[str]]:

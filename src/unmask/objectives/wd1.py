@@ -100,6 +100,12 @@ class WD1:
             self.ref_coef,
             "β, the pull to the reference. Use 0, the published setting, or more.",
         )
+        require(
+            self.old_coef + self.ref_coef < float("inf") and self.needs.reference_share < 1,
+            "ref_coef",
+            self.ref_coef,
+            f"leaves old_coef = {self.old_coef} no share of the mixture. Use numbers of the same size.",
+        )
         if self.likelihood == "trajectory":
             for field, value in (("prompt_mask_ratio", 0), ("fresh_masks", False), ("num_masks", 1)):
                 require(

@@ -126,7 +126,7 @@ class Canvas:
 
         Raises: ModelError if the model gave logits that are not finite where a token was drawn.
         """
-        bad = ~self.logps.isfinite()
+        bad = ~(self.logps.isfinite() & self.drawn_logps.isfinite())
         if bad.any():
             row, slot = bad.nonzero()[0].tolist()
             raise ModelError(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from unmask.errors import ConfigError
 from unmask.samplers.canvas import Canvas, Start, open_canvas
-from unmask.samplers.draw import draw_tokens, recorded_logps, token_logps
+from unmask.samplers.draw import draw_tokens, token_logps
 from unmask.samplers.plan import check_lengths, check_steps, time_grid_counts, time_grid_shares
 from unmask.samplers.reveal import fix_candidates, surest
 from unmask.types import NoiseLike, Policy, PromptBatch, Samples
@@ -174,9 +174,14 @@ class Dream:
         logits: Tensor,  # (n, V)
         tokens: Tensor,  # (n,) int64
     ) -> tuple[Tensor, Tensor]:  # (n,) float64, nats, each
-        """Untempered log-probabilities, and those in the law that the tokens were drawn from."""
-        _, drawn = recorded_logps(self._law(logits), tokens, float(self.temperature > 0))
-        return token_logps(logits, tokens, torch.float64), drawn
+        """Untempered log-probabilities, and those in the law that the tokens were drawn from; 0 at temperature 0."""
+        logps = token_logps(logits, tokens, torch.float64)
+        drawn = torch.zeros_like(logps)
+        rows = max(1, _SLICE_NUMBERS // logits.shape[-1])
+        for start in range(0, len(logits) if self.temperature > 0 else 0, rows):
+            part = slice(start, start + rows)
+            drawn[part] = token_logps(self._law(logits[part]), tokens[part], torch.float64)
+        return logps, drawn
 
 
 def _slots(like: Tensor) -> Tensor:

@@ -88,6 +88,8 @@ class Wino:
                 "sampler.type = 'wino': reads every token a second time in a masked copy of its own position, which "
                 "this model's family does not allow. Use sampler.type = 'low_confidence' with a threshold, or 'dream'."
             )
+        if getattr(policy, "num_models", 1) > 1:
+            raise ConfigError("sampler.type = 'wino': reads one model, and this is a mixture of two. Use 'roar'.")
         canvas = open_canvas(policy, prompts, self.gen_length, on_step)
         token_noise = noise.stream("token") if self.temperature > 0 else None
         length = self.block_length or self.gen_length

@@ -16,7 +16,8 @@ _CREDENTIALS = struct.Struct("=iII")  # pid, uid, gid
 
 def bubblewrap() -> str | None:
     """The program, if there is one."""
-    return shutil.which("bwrap")
+    found = shutil.which("bwrap")
+    return found and os.path.abspath(found)  # workers start elsewhere
 
 
 def wrapped(program: str, command: Sequence[str], environment: Mapping[str, str], readable: Sequence[str]) -> list[str]:

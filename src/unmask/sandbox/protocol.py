@@ -10,7 +10,6 @@ One request a program, with `Authorization: Bearer TOKEN`, and a connection for 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
 import socket
@@ -111,7 +110,7 @@ def is_count(low: int, high: int) -> Callable[[Any], bool]:
 
 
 def is_seconds(low: float, high: float) -> Callable[[Any], bool]:
-    return lambda value: type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+    return lambda value: type(value) in (int, float) and low <= value <= high
 
 
 # ---- programs and verdicts
@@ -176,6 +175,8 @@ def read_verdict(content: bytes, program: Program) -> Verdict:
     passed, status = tuple(fields["passed"]), Status(fields["status"])
     if status == Status.CORRECT and not (len(passed) == num_tests > 0 and all(passed)):
         raise ProtocolError("verdict.status is correct, and not every test was passed")
+    if status != Status.CORRECT and len(passed) == num_tests > 0 and all(passed):
+        raise ProtocolError(f"verdict.status is {status}, and every test was passed")
     return Verdict(**{**fields, "status": status, "passed": passed})
 
 

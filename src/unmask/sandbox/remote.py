@@ -38,6 +38,8 @@ from unmask.sandbox.verdicts import LostWorker, Program, Verdict
 CONNECT_SECONDS = 10.0
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
 """Seconds between tries, doubled from the first to the longest."""
+BUSY_PATIENCE = 10
+"""A busy server is waited for so many times as long as one that does not answer."""
 _KEEPALIVE = {"TCP_KEEPIDLE": 20, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3}
 """A machine that is gone is noticed after so many seconds, not when a program's time is over."""
 
@@ -57,6 +59,10 @@ REMEDIES = {
 
 class Unreachable(Exception):
     """No answer, or none that says more than "later"; worth another try."""
+
+
+class Busy(Unreachable):
+    """A server that has more to do than it can take on: others may be served first for a long time."""
 
 
 class Refused(Exception):
@@ -153,7 +159,8 @@ class RemoteSandbox:
                 return self._once(method, path, content, seconds, limit, read)
             except Unreachable as error:
                 now = time.monotonic()
-                end = now + self.patience if end is None else end
+                waits = BUSY_PATIENCE * self.patience if isinstance(error, Busy) else self.patience
+                end = now + waits if end is None else end
                 if now + pause > end:
                     raise Unreachable(f"the sandbox at {self.url} {error}") from error
             except (Refused, ProtocolError) as error:
@@ -172,7 +179,8 @@ class RemoteSandbox:
         kind = read_refusal(said)
         if status != REFUSALS[kind][0]:
             raise ProtocolError(f"{kind} with the status {status}")
-        raise (Unreachable if status == 503 else Refused)(REMEDIES[kind])
+        failure = Busy if kind == "busy" else Unreachable if status == 503 else Refused
+        raise failure(REMEDIES[kind])
 
     def _exchange(self, method: str, path: str, content: bytes, seconds: float, limit: int) -> tuple[int, bytes]:
         """Status and body, of which one byte too many is read. Raises: Unreachable, Refused, ProtocolError."""
@@ -191,7 +199,7 @@ class RemoteSandbox:
                 if len(body) <= limit and answer.length:  # bytes that were promised
                     raise http.client.IncompleteRead(body, answer.length)
                 return answer.status, body
-        except ssl.SSLError as error:
+        except ssl.SSLCertVerificationError as error:
             raise Refused(f"cannot be trusted ({error.reason}): mend its certificate") from error
         except (http.client.IncompleteRead, OSError) as error:  # RemoteDisconnected is an OSError
             said = getattr(error, "strerror", None) or str(error)[:40] or type(error).__name__
@@ -199,7 +207,7 @@ class RemoteSandbox:
                 f"cannot be reached ({said}, tried for {self.patience:g} s): start it with `unmask sandbox serve`, and "
                 "look at the tunnel to it"
             ) from error
-        except http.client.HTTPException as error:
+        except (http.client.HTTPException, ValueError) as error:  # ValueErrors come from odd headers
             raise ProtocolError(f"no HTTP ({type(error).__name__})") from error
         finally:
             connection.close()

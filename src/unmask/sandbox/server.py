@@ -32,6 +32,8 @@ from unmask.sandbox.protocol import (
 from unmask.sandbox.self_test import num_attacks
 from unmask.sandbox.verdicts import BrokenTests, LostWorker
 
+HEAD_SECONDS = 10.0
+"""For who has not shown the token yet."""
 READ_SECONDS = 60.0
 """For a request to arrive."""
 LINGER_SECONDS = 2.0
@@ -166,7 +168,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         with ExitStack() as self._reading:
-            self._reading.enter_context(ends_within(self.connection, READ_SECONDS))
+            self._reading.enter_context(ends_within(self.connection, HEAD_SECONDS))
             super().handle()
 
     def do_GET(self) -> None:
@@ -215,7 +217,10 @@ class Handler(BaseHTTPRequestHandler):
         is_right = hmac.compare_digest(given, f"Bearer {self.server.token}".encode())
         if not is_right:
             self._refuse("unauthorized")
-        return is_right
+            return False
+        self._reading.close()
+        self._reading.enter_context(ends_within(self.connection, READ_SECONDS))
+        return True
 
     def _refuse(self, kind: str, more: str = "") -> None:
         note(f"{self.client_address[0]}: refused, {kind}{f': {more}' if more else ''}")

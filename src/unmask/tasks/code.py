@@ -189,7 +189,7 @@ class Code(QuestionTask):
             setup=columns["setup"],
             helpers=columns["helpers"],
             limits=limits,
-            copies_back=self.copies_back,
+            copies_back=self.copies_back and not columns["setup"],  # whose checks look at their inputs afterwards
             stdin=columns.get("stdin"),
         )
 
@@ -198,7 +198,8 @@ class Code(QuestionTask):
         if self.prompt == "complete":
             return str(example.columns["question"]) + until_next_statement(completion)
         if self._is_mbpp:
-            found = [code for language, code, _ in blocks(completion) if is_python(language)]
+            answer = completion.partition(mbpp_prompt.DONE)[0]
+            found = [code for language, code, _ in blocks(answer) if is_python(language)]
             return mbpp_prompt.program_in(completion, found[0] if found else None)
         code = last_block(completion)
         return None if code is None else imports_of(example.columns["question"]) + code

@@ -75,8 +75,8 @@ def program_in(answer: str, first_block: str | None) -> str:
     code block in it, if the model wrote one instead."""
     if first_block is not None:
         return first_block
-    text = answer.partition(BEGIN)[2] if BEGIN in answer else answer
-    text = text.partition(DONE)[0].strip("\r\n")
+    answer = answer.partition(DONE)[0]  # a base model goes on with examples of its own
+    text = (answer.partition(BEGIN)[2] if BEGIN in answer else answer).strip("\r\n")
     bare = text.strip()
     if len(bare) > 1 and bare[0] == bare[-1] == "'" and not bare.startswith("'''"):
         return bare[1:-1]

@@ -29,6 +29,8 @@ def stdio(row: Mapping[str, Any]) -> dict[str, Any]:
     inputs, outputs = ([as_text(value) for value in found[name]] for name in ("inputs", "outputs"))
     if not inputs or len(inputs) != len(outputs):
         raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs; one output for each of at least one input")
+    if not any(text.strip() for text in outputs):
+        raise ValueError("all outputs are blank, so a program that does nothing passes")
     return {
         "question": f"{row['question'].rstrip()}\n\n{ASKS}",
         "solution": first_solution(row),
