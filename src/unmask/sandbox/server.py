@@ -38,6 +38,8 @@ READ_SECONDS = 60.0
 """For a request to arrive."""
 LINGER_SECONDS = 2.0
 """For a client to read why it was refused before the connection goes."""
+POLL_SECONDS = 0.1
+"""Between two looks for a signal."""
 STOP_SECONDS = 30.0
 """For programs that run when the server is told to stop."""
 SPARE_CONNECTIONS = 16
@@ -264,19 +266,20 @@ def serve(server: Server, announce: Callable[[Server], None]) -> None:
 
     Raises: KeyboardInterrupt for the second signal.
     """
-    told = threading.Event()
+    told: list[int] = []  # no Event: its lock may be held by what the signal interrupts
 
-    def stop(*_: object) -> None:
-        if told.is_set():
+    def stop(number: int, _: object) -> None:
+        if told:
             raise KeyboardInterrupt
-        told.set()
+        told.append(number)
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True)
     thread.start()
     try:
         announce(server)
-        told.wait()
+        while not told:  # woken by itself: the signal may be taken by another thread than this one, which handles it
+            time.sleep(POLL_SECONDS)
         server.gate.close()
         server.shutdown()
         server.server_close()
